@@ -1,0 +1,218 @@
+"""The command line: flags become frozen values, events become lines, errors become messages.
+
+Invariants: nothing heavy is imported before a command runs, so `--help` answers at once; `LowVramError` is caught here
+and nowhere else; the output stream holds results only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowvram_i2v import __version__
+from lowvram_i2v.console import Console
+from lowvram_i2v.errors import LowVramError, RequestError
+from lowvram_i2v.events import Notice
+from lowvram_i2v.profile import DEFAULT_PROFILE
+from lowvram_i2v.request import RESOLUTIONS, GenerateRequest
+from lowvram_i2v.variant import VARIANTS
+
+PROMPT_ADVICE = """\
+prompts: say it briefly. Name the subject, the action, the background and the camera; a short prompt keeps the motion
+that you name, a long one dilutes it and may switch scenes. Example:
+  "A woman turns her head and smiles, park in autumn behind her, the camera moves in slowly."
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit status: 0 done, 1 refused with a message, 2 unknown flags, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except LowVramError as error:
+        print(f"lowvram-i2v: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nlowvram-i2v: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lowvram-i2v", description="HunyuanVideo-I2V on the GPUs that people own.")
+    parser.add_argument("--version", action="version", version=f"lowvram-i2v {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_convert(commands)
+    _add_synth(commands)
+    _add_demo(commands)
+    profiles = commands.add_parser("profiles", help="list the profiles")
+    profiles.set_defaults(command=_profiles)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    default = GenerateRequest(Path(), "", Path())
+    parser = commands.add_parser(
+        "generate",
+        help="make a video from a picture and a prompt",
+        epilog=PROMPT_ADVICE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=_generate)
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="model folder, as `convert` writes it")
+    add("--image", type=Path, metavar="FILE", help="the picture that becomes the first frame")
+    add("--prompt", metavar="TEXT", help="what happens in the video (see below)")
+    add("--output", type=Path, required=True, metavar="FILE.mp4")
+    add("--like", type=Path, metavar="FILE.mp4", help="repeat this video's settings; other flags given win over them")
+    add("--resolution", choices=RESOLUTIONS, help=f"size class; the picture's ratio decides (default {default.resolution})")
+    add("--size", type=_size, metavar="WxH", help="exact size in pixels, multiples of 16, instead of --resolution")
+    add("--frames", type=int, metavar="N", help=f"4n+1 (default {default.frames})")
+    add("--steps", type=int, metavar="N", help=f"denoising steps (default {default.steps})")
+    add("--flow-shift", type=float, metavar="X", help="of the noise schedule (default 7 with --stability, 17 without)")
+    stability = parser.add_mutually_exclusive_group()
+    stability.add_argument("--stability", action="store_true", default=None, help="steadier video (default)")
+    stability.add_argument("--dynamic", dest="stability", action="store_false", help="more motion, less steady")
+    add("--guidance", type=float, metavar="X", help="embedded guidance (default 6, where the weights have it)")
+    add("--cfg", type=float, metavar="X", help="true classifier-free guidance, twice the time a step (default 1: off)")
+    add("--negative-prompt", metavar="TEXT", help="what to avoid; counts only with --cfg above 1")
+    add("--seed", type=int, metavar="N", help="same seed, same noise on every card (default: random, printed)")
+    add("--fps", type=int, metavar="N", help=f"of the mp4 (default {default.fps})")
+    add("--profile", metavar="NAME", default=DEFAULT_PROFILE, help="see `lowvram-i2v profiles` (default %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N (default %(default)s)")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from lowvram_i2v.device import describe, pick_device
+    from lowvram_i2v.profile import load_profile
+
+    console = Console()
+    request, model = _request(options)
+    profile = load_profile(options.profile)
+    device = pick_device(options.device)
+    console(Notice(f"{describe(device)}; profile {profile.name}; seed {request.seed}"))
+
+    from lowvram_i2v.pipeline import generate
+
+    path = generate(request, model, profile, device, console)
+    print(console.table(), file=sys.stderr)
+    print(path)
+    return 0
+
+
+def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
+    """The request from --like, if given, and the flags; and the model folder."""
+    names = ("image", "prompt", "negative_prompt", "resolution", "size", "frames", "steps", "flow_shift")
+    names += ("stability", "guidance", "cfg", "seed", "fps")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    model = options.model
+    if options.like is not None:
+        from lowvram_i2v.video import read_settings
+
+        settings = read_settings(options.like)
+        request = GenerateRequest.from_settings(settings, options.output)
+        if "resolution" in given or "image" in given:
+            given.setdefault("size", None)
+        if "stability" in given and given["stability"] != request.stability:
+            given.setdefault("flow_shift", None)
+        about = settings.get("about")
+        if model is None and isinstance(about, dict) and isinstance(about.get("model"), str):
+            model = Path(about["model"])
+        request = replace(request, **given)
+    else:
+        missing = [f"--{name}" for name in ("image", "prompt") if name not in given]
+        if missing:
+            raise RequestError(f"{' and '.join(missing)} not given", "Or repeat another video with --like.")
+        request = GenerateRequest(output=options.output, **{"seed": secrets.randbits(32), **given})
+    if model is None:
+        raise RequestError("--model not given", "Name the folder that `lowvram-i2v convert` wrote.")
+    return request, model
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 960x544")
+    return int(width), int(height)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="turn downloaded weights into a model folder")
+    parser.set_defaults(command=_convert)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="the downloaded tree (it holds hunyuan-video-i2v-720p/ and others)")
+    add("destination", type=Path, metavar="DIR", help="the model folder to write or to complete")
+    add("--scheme", default="bf16", help="how weights are stored: bf16, or fp32 for tests (default %(default)s)")
+    add("--component", action="append", metavar="NAME", help=f"only this one (repeatable): {', '.join(_components())}")
+    add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lowvram_i2v.convert.convert import convert
+
+    components = options.component or _components()
+    convert(options.source, options.destination, options.scheme, components, options.variant, Console())
+    print(options.destination)
+    return 0
+
+
+def _add_synth(commands: Any) -> None:
+    parser = commands.add_parser("synth", help="write a checkpoint with random weights, for tests and measurements")
+    parser.set_defaults(command=_synth)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR")
+    add("--size", choices=("tiny", "full"), default="tiny", help="full: 13B, about 26 GB + encoders (default tiny)")
+    add("--variant", choices=VARIANTS, default="token_replace")
+    add("--component", action="append", metavar="NAME", help=f"only this one (repeatable): {', '.join(_components())}")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", metavar="NAME", help="where the random numbers are made (default auto)")
+
+
+def _synth(options: argparse.Namespace) -> int:
+    from lowvram_i2v.device import pick_device
+    from lowvram_i2v.synth import synth
+
+    components = options.component or _components()
+    device = pick_device(options.device)
+    synth(options.folder, options.size, options.variant, components, options.seed, device, Console())
+    print(options.folder)
+    return 0
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="try the whole path on a tiny random model: no download, no GPU")
+    parser.set_defaults(command=_demo)
+    parser.add_argument("--folder", type=Path, default=Path("demo_out"), metavar="DIR", help="(default %(default)s)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="your own picture instead of a drawn one")
+    parser.add_argument("--device", default="auto", metavar="NAME")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lowvram_i2v.demo import demo
+    from lowvram_i2v.device import pick_device
+
+    console = Console()
+    path = demo(options.folder, options.image, pick_device(options.device), console)
+    print(console.table(), file=sys.stderr)
+    print(path)
+    return 0
+
+
+def _profiles(options: argparse.Namespace) -> int:
+    from lowvram_i2v.profile import load_profile, profile_names
+
+    for name in profile_names():
+        print(f"{name:10} {load_profile(name).description}")
+    return 0
+
+
+def _components() -> tuple[str, ...]:
+    from lowvram_i2v.checkpoint import COMPONENTS
+
+    return COMPONENTS

@@ -1,0 +1,84 @@
+"""Prints events to a terminal or a log: progress with time to go, notices, and the closing table.
+
+Invariant: everything goes to the error stream, so that the output stream holds results only (paths).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from lowvram_i2v.events import Event, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted
+
+LOG_EVERY_SECONDS = 20.0
+
+
+class Console:
+    """A listener. On a terminal one line is rewritten in place; in a log a line appears now and then."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.finished: list[PhaseFinished] = []
+        self._phase = PhaseStarted("")
+        self._started = self._printed = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Notice(text):
+                self._line(text)
+            case PhaseStarted():
+                self._phase = event
+                self._started = self._printed = time.monotonic()
+                self._show(f"{event.phase} ...")
+            case PhaseAdvanced():
+                self._progress(event)
+            case PhaseFinished():
+                self.finished.append(event)
+                self._line(f"{event.phase}: {seconds(event.seconds)}")
+
+    def table(self) -> str:
+        """Time and peak video memory of every finished phase."""
+        rows = [("phase", "time", "peak VRAM (reserved)")]
+        for event in self.finished:
+            peak = f"{gib(event.peak_allocated)} ({gib(event.peak_reserved)})" if event.peak_reserved else "-"
+            rows.append((event.phase, seconds(event.seconds), peak))
+        rows.append(("total", seconds(sum(event.seconds for event in self.finished)), ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _progress(self, event: PhaseAdvanced) -> None:
+        phase, elapsed = self._phase, time.monotonic() - self._started
+        if not phase.total or not event.done:
+            return
+        to_go = elapsed / event.done * (phase.total - event.done)
+        text = f"{phase.phase}: {event.done}/{phase.total} {phase.unit}s, {seconds(elapsed)}, {seconds(to_go)} to go"
+        if phase.unit == "byte":
+            rate = event.done / max(elapsed, 1e-9)
+            text = f"{phase.phase}: {gib(event.done)} of {gib(phase.total)}, {rate / 1e9:.2f} GB/s, {seconds(to_go)} to go"
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        if self.live:
+            print(f"\r\x1b[K{text}", end="", file=self.stream, flush=True)
+        elif time.monotonic() - self._printed >= LOG_EVERY_SECONDS:
+            self._printed = time.monotonic()
+            print(text, file=self.stream, flush=True)
+
+    def _line(self, text: str) -> None:
+        print(f"\r\x1b[K{text}" if self.live else text, file=self.stream, flush=True)
+
+
+def seconds(value: float) -> str:
+    """1.23 s, 45 s, 3 min 20 s, 1 h 05 min."""
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 60:
+        return f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def gib(value: int) -> str:
+    return f"{value / 2**30:.2f} GiB"

@@ -1,0 +1,1 @@
+"""The diffusion transformer: sizes, embedders, blocks, rotary tables, and the model that joins them."""

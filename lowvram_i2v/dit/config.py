@@ -1,0 +1,48 @@
+"""The transformer's sizes: read from a checkpoint's shapes or a model folder's `model.json`. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the released 13B model by default. `guidance_embed` is False for the released latent_concat weights."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    hidden_size: int = 3072
+    heads: int = 24
+    double_blocks: int = 20
+    single_blocks: int = 40
+    refiner_blocks: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_dims: tuple[int, int, int] = (16, 56, 56)
+    rope_theta: float = 256.0
+    text_dim: int = 4096
+    pooled_dim: int = 768
+    guidance_embed: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def replaces_first_frame(self) -> bool:
+        """True where the input is the latent alone, so that the image must be its first frame (token_replace);
+        False where image latent and mask are further channels (latent_concat)."""
+        return self.in_channels == self.out_channels
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """The inverse of `to_dict`; unknown keys are an error."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,50 @@
+"""What a run says while it works: four frozen values, handed to one callback.
+
+Invariant: the runtime prints nothing itself. The command line prints events; a web page or a test listens to the
+same ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase begins. `total` counts `unit`s to come, 0 where that is not known."""
+
+    phase: str
+    total: int = 0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseAdvanced:
+    """`done` of the phase's `total` units are finished."""
+
+    phase: str
+    done: int
+
+
+@dataclass(frozen=True)
+class PhaseFinished:
+    """A phase ended: wall seconds, and peak bytes of video memory (allocated, reserved; 0 on CPU)."""
+
+    phase: str
+    seconds: float
+    peak_allocated: int
+    peak_reserved: int
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One sentence that the user should read: something was cropped, cut, ignored or chosen."""
+
+    text: str
+
+
+Event = PhaseStarted | PhaseAdvanced | PhaseFinished | Notice
+Listener = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The listener of callers that do not care."""

@@ -1,0 +1,1 @@
+"""From noise to latents: the flow schedule, the first-frame conditioning, and the Euler loop."""
