@@ -98,15 +98,11 @@ def _check_request(
     if scheme not in DTYPES:
         raise RequestError(f"there is no scheme {scheme!r}", f"Choose one of {', '.join(DTYPES)}.")
     if not components or not set(components) <= set(COMPONENTS):
-        raise RequestError(
-            f"components {list(components)} are not known", f"Choose from {', '.join(COMPONENTS)}."
-        )
+        raise RequestError(f"components {list(components)} are not known", f"Choose from {', '.join(COMPONENTS)}.")
     if variant is not None and variant not in VARIANTS:
         raise RequestError(f"there is no variant {variant!r}", f"Choose one of {', '.join(VARIANTS)}.")
     if source.resolve() == destination.resolve():
-        raise RequestError(
-            f"source and destination are the same folder, {source}", "Choose another destination."
-        )
+        raise RequestError(f"source and destination are the same folder, {source}", "Choose another destination.")
     require_writable(destination)
     read_records(destination)
 

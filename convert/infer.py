@@ -56,9 +56,7 @@ def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
 
 def _depth(shapes: Shapes, prefix: str) -> int:
     """How many blocks there are, counted; a gap in the numbers is an error."""
-    numbers = {
-        int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(prefix)}\.(\d{{1,6}})\.", name))
-    }
+    numbers = {int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(prefix)}\.(\d{{1,6}})\.", name))}
     if gaps := sorted(set(range(max(numbers, default=0))) - numbers)[:10]:
         raise CheckpointError(
             f"{prefix} run up to number {max(numbers)}, but these are missing: {gaps}",

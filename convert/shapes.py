@@ -107,9 +107,7 @@ def _pair(name: str, shape: tuple[int, ...]) -> Shapes:
 def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
     part = config.get(name)
     if not isinstance(part, dict):
-        raise CheckpointError(
-            f"the text encoder's config.json has no {name}", "It must be a LLaVA's config.json."
-        )
+        raise CheckpointError(f"the text encoder's config.json has no {name}", "It must be a LLaVA's config.json.")
     return part
 
 

@@ -108,9 +108,7 @@ def require_writable(folder: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise RequestError(
-            f"{existing} is not writable: {error.strerror}", "Choose another destination."
-        ) from error
+        raise RequestError(f"{existing} is not writable: {error.strerror}", "Choose another destination.") from error
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -31,7 +31,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: i
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, first_tokens: int = 0) -> Tensor:
     """x + gate * y. x and y [tokens, hidden]; gate [1 or 2, hidden] -> [tokens, hidden] in x's dtype."""
     parts = [
-        torch.addcmul(x[rows].float(), y[rows].float(), gate[row].float()) for row, rows in _groups(len(x), first_tokens)
+        torch.addcmul(x[rows].float(), y[rows].float(), gate[row].float())
+        for row, rows in _groups(len(x), first_tokens)
     ]
     return torch.cat(parts).to(x.dtype)
 

@@ -142,14 +142,10 @@ def read_records(folder: Path) -> ModelRecords:
             )
         if not set(values["components"]) <= set(COMPONENTS) or values["variant"] not in (None, *VARIANTS):
             raise KeyError("an unknown component or variant")
-        components = {
-            name: ComponentRecord.from_json(record) for name, record in values["components"].items()
-        }
+        components = {name: ComponentRecord.from_json(record) for name, record in values["components"].items()}
         return ModelRecords(values["variant"], components)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r:.200})", "Delete it and convert again."
-        ) from error
+        raise CheckpointError(f"{path} is damaged ({error!r:.200})", "Delete it and convert again.") from error
 
 
 @dataclass(frozen=True)
@@ -191,9 +187,7 @@ class ModelHeader:
                 records.components,
             )
         except TypeError as error:
-            raise CheckpointError(
-                f"model.json has a config with other keys ({error})", "Convert again."
-            ) from error
+            raise CheckpointError(f"model.json has a config with other keys ({error})", "Convert again.") from error
 
 
 @dataclass(frozen=True)
@@ -230,9 +224,7 @@ class ModelFolder:
             for component, shapes in expected.items()
             for line in mismatches(self.shapes(component), shapes, partial(extra_ok, component))
         ]
-        raise_listed(
-            f"{self.path} does not hold the tensors of this model", faults, "Convert the weights again."
-        )
+        raise_listed(f"{self.path} does not hold the tensors of this model", faults, "Convert the weights again.")
 
     @contextmanager
     def load(
@@ -261,12 +253,9 @@ class ModelFolder:
             {file_name(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()},
             extra_ok=lambda name: True,
         )
-        raise_listed(
-            f"{self.files[component].path} does not fit the model", faults, "Convert the weights again."
-        )
+        raise_listed(f"{self.files[component].path} does not fit the model", faults, "Convert the weights again.")
         weights = {
-            name: _place(self.files[component].read(file_name(name)), device, dtype)
-            for name in module.state_dict()
+            name: _place(self.files[component].read(file_name(name)), device, dtype) for name in module.state_dict()
         }
         module.load_state_dict(weights, assign=True)
         del weights
@@ -299,9 +288,7 @@ def open_model(folder: Path) -> ModelFolder:
             "Downloaded weights become a model folder with `lowvram-i2v convert`.",
         )
     records = read_records(folder)
-    missing = [
-        f"{component}: not converted yet" for component in COMPONENTS if component not in records.components
-    ]
+    missing = [f"{component}: not converted yet" for component in COMPONENTS if component not in records.components]
     missing += [
         f"{component_file(component)}: no such file"
         for component in records.components
@@ -325,9 +312,7 @@ def open_model(folder: Path) -> ModelFolder:
     header = ModelHeader.from_records(records)
     files = {component: open_safetensors(folder / component_file(component)) for component in COMPONENTS}
     model = ModelFolder(folder, header, files)
-    raise_listed(
-        f"the components of {folder} do not fit each other", _misfits(model), "Convert matching weights."
-    )
+    raise_listed(f"the components of {folder} do not fit each other", _misfits(model), "Convert matching weights.")
     return model
 
 

@@ -10,7 +10,7 @@ import argparse
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +70,50 @@ def _add_generate(commands: Any) -> None:
     add("--image", type=Path, metavar="FILE", help="the picture that becomes the first frame")
     add("--prompt", metavar="TEXT", help="what happens in the video (see below)")
     add("--output", type=Path, required=True, metavar="FILE.mp4")
-    add("--like", type=Path, metavar="FILE.mp4", help="repeat this video's settings; other flags given win over them")
-    add("--resolution", choices=RESOLUTIONS, help=f"size class; the picture's ratio decides (default {default.resolution})")
-    add("--size", type=_size, metavar="WxH", help="exact size in pixels, multiples of 16, instead of --resolution")
+    add(
+        "--like",
+        type=Path,
+        metavar="FILE.mp4",
+        help="repeat this video's settings; other flags given win over them",
+    )
+    add(
+        "--resolution",
+        choices=RESOLUTIONS,
+        help=f"size class; the picture's ratio decides (default {default.resolution})",
+    )
+    add(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help="exact size in pixels, multiples of 16, instead of --resolution",
+    )
     add("--frames", type=int, metavar="N", help=f"4n+1 (default {default.frames})")
     add("--steps", type=int, metavar="N", help=f"denoising steps (default {default.steps})")
-    add("--flow-shift", type=float, metavar="X", help="of the noise schedule (default 7 with --stability, 17 without)")
+    add(
+        "--flow-shift",
+        type=float,
+        metavar="X",
+        help="of the noise schedule (default 7 with --stability, 17 without)",
+    )
     stability = parser.add_mutually_exclusive_group()
     stability.add_argument("--stability", action="store_true", default=None, help="steadier video (default)")
     stability.add_argument("--dynamic", dest="stability", action="store_false", help="more motion, less steady")
     add("--guidance", type=float, metavar="X", help="embedded guidance (default 6, where the weights have it)")
-    add("--cfg", type=float, metavar="X", help="true classifier-free guidance, twice the time a step (default 1: off)")
+    add(
+        "--cfg",
+        type=float,
+        metavar="X",
+        help="true classifier-free guidance, twice the time a step (default 1: off)",
+    )
     add("--negative-prompt", metavar="TEXT", help="what to avoid; counts only with --cfg above 1")
     add("--seed", type=int, metavar="N", help="same seed, same noise on every card (default: random, printed)")
     add("--fps", type=int, metavar="N", help=f"of the mp4 (default {default.fps})")
-    add("--profile", metavar="NAME", default=DEFAULT_PROFILE, help="see `lowvram-i2v profiles` (default %(default)s)")
+    add(
+        "--profile",
+        metavar="NAME",
+        default=DEFAULT_PROFILE,
+        help="see `lowvram-i2v profiles` (default %(default)s)",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N (default %(default)s)")
 
 
@@ -108,8 +137,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
     """The request from --like, if given, and the flags; and the model folder."""
-    names = ("image", "prompt", "negative_prompt", "resolution", "size", "frames", "steps", "flow_shift")
-    names += ("stability", "guidance", "cfg", "seed", "fps")
+    names = [field.name for field in fields(GenerateRequest) if field.name != "output"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     model = options.model
     if options.like is not None:
@@ -146,10 +174,24 @@ def _add_convert(commands: Any) -> None:
     parser = commands.add_parser("convert", help="turn downloaded weights into a model folder")
     parser.set_defaults(command=_convert)
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="the downloaded tree (it holds hunyuan-video-i2v-720p/ and others)")
+    add(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="the downloaded tree (it holds hunyuan-video-i2v-720p/ and others)",
+    )
     add("destination", type=Path, metavar="DIR", help="the model folder to write or to complete")
-    add("--scheme", default="bf16", help="how weights are stored: bf16, or fp32 for tests (default %(default)s)")
-    add("--component", action="append", metavar="NAME", help=f"only this one (repeatable): {', '.join(_components())}")
+    add(
+        "--scheme",
+        default="bf16",
+        help="how weights are stored: bf16, or fp32 for tests (default %(default)s)",
+    )
+    add(
+        "--component",
+        action="append",
+        metavar="NAME",
+        help=f"only this one (repeatable): {', '.join(_components())}",
+    )
     add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
 
 
@@ -167,9 +209,19 @@ def _add_synth(commands: Any) -> None:
     parser.set_defaults(command=_synth)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR")
-    add("--size", choices=("tiny", "full"), default="tiny", help="full: 13B, about 26 GB + encoders (default tiny)")
+    add(
+        "--size",
+        choices=("tiny", "full"),
+        default="tiny",
+        help="full: 13B, about 26 GB + encoders (default tiny)",
+    )
     add("--variant", choices=VARIANTS, default="token_replace")
-    add("--component", action="append", metavar="NAME", help=f"only this one (repeatable): {', '.join(_components())}")
+    add(
+        "--component",
+        action="append",
+        metavar="NAME",
+        help=f"only this one (repeatable): {', '.join(_components())}",
+    )
     add("--seed", type=int, default=0)
     add("--device", default="auto", metavar="NAME", help="where the random numbers are made (default auto)")
 

@@ -46,18 +46,20 @@ class Console:
             rows.append((event.phase, seconds(event.seconds), peak))
         rows.append(("total", seconds(sum(event.seconds for event in self.finished)), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
     def _progress(self, event: PhaseAdvanced) -> None:
         phase, elapsed = self._phase, time.monotonic() - self._started
         if not phase.total or not event.done:
             return
-        to_go = elapsed / event.done * (phase.total - event.done)
-        text = f"{phase.phase}: {event.done}/{phase.total} {phase.unit}s, {seconds(elapsed)}, {seconds(to_go)} to go"
-        if phase.unit == "byte":
-            rate = event.done / max(elapsed, 1e-9)
-            text = f"{phase.phase}: {gib(event.done)} of {gib(phase.total)}, {rate / 1e9:.2f} GB/s, {seconds(to_go)} to go"
-        self._show(text)
+        to_go = seconds(elapsed / event.done * (phase.total - event.done))
+        if phase.unit == "bytes":
+            done = f"{gib(event.done)} of {gib(phase.total)}, {event.done / max(elapsed, 1e-9) / 1e9:.2f} GB/s"
+        else:
+            done = f"{event.done}/{phase.total} {phase.unit}, {seconds(elapsed)}"
+        self._show(f"{phase.phase}: {done}, {to_go} to go")
 
     def _show(self, text: str) -> None:
         if self.live:

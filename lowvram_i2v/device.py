@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the first CUDA device, else the CPU; "cpu", "cuda" and "cuda:N" are taken by their word.
+    """ "auto" is the first CUDA device, else the CPU; "cpu", "cuda" and "cuda:N" are taken by their word.
 
     Raises PlatformError if a named CUDA device is not there.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase begins. `total` counts `unit`s to come, 0 where that is not known."""
+    """A phase begins. `total` counts `unit` (steps, frames, bytes) to come, 0 where that is not known."""
 
     phase: str
     total: int = 0

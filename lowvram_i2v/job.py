@@ -158,5 +158,3 @@ def _check_prompts(job: Job) -> None:
         if cut := llava.encode(prompt).cut:
             job.listen(Notice(f"{name}: {cut}"))
         clip.encode(prompt)  # its window of 77 is a summary by design: not worth a notice
-
-

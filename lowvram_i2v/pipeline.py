@@ -110,9 +110,11 @@ def sample(job: Job, prompts: Prompts, image_latent: Tensor, noise: Tensor) -> T
     request, header, device = job.request, job.model.header, job.device
     config, (width, height) = header.transformer, job.size
     sigmas = flow_sigmas(request.steps, request.flow_shift or 0.0)
-    cos, sin = rope_table(token_grid(request.frames, height, width), config.rope_dims, config.rope_theta, request.frames)
+    cos, sin = rope_table(
+        token_grid(request.frames, height, width), config.rope_dims, config.rope_theta, request.frames
+    )
     with (
-        phase("denoise", device, job.listen, request.steps, "step"),
+        phase("denoise", device, job.listen, request.steps, "steps"),
         job.model.load(
             "transformer",
             lambda: HunyuanVideoTransformer(config, job.attend),
@@ -139,11 +141,11 @@ def sample(job: Job, prompts: Prompts, image_latent: Tensor, noise: Tensor) -> T
 
 
 def decode(job: Job, latents: Tensor) -> Iterator[Tensor]:
-    """Latents [16, T, H, W] -> pieces of the video [3, frames, height, width] in 0..1, on the CPU, as they are ready."""
+    """Latents [16, T, H, W] -> pieces of the video [3, frames, height, width] in 0..1, on the CPU, when ready."""
     header, device = job.model.header, job.device
     drop = header.variant.dropped_frames
     with (
-        phase("decode", device, job.listen, job.output_frames, "frame"),
+        phase("decode", device, job.listen, job.output_frames, "frames"),
         job.model.load(
             "vae", lambda: VaeDecoder(header.vae), device=device, dtype=compute_dtype(device, torch.float16)
         ) as decoder,
@@ -174,9 +176,7 @@ def write(job: Job, pieces: Iterator[Tensor]) -> Path:
         "profile": job.profile.name,
         "device": describe(job.device),
     }
-    frames = (
-        frame for piece in pieces for frame in to_uint8(np.ascontiguousarray(piece.permute(1, 2, 3, 0).numpy()))
-    )
+    frames = (frame for piece in pieces for frame in to_uint8(np.ascontiguousarray(piece.permute(1, 2, 3, 0).numpy())))
     write_video(frames, job.request.output, job.request.fps, job.request.to_settings(**about))
     return job.request.output
 

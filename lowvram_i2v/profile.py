@@ -47,7 +47,8 @@ def load_profile(name: str) -> VramProfile:
         text = (resources.files("lowvram_i2v.profiles") / f"{name}.toml").read_text(encoding="utf-8")
     else:
         raise RequestError(
-            f"profile {name!r} is not known", f"Use one of: {', '.join(profile_names())}; or the path of a .toml file."
+            f"profile {name!r} is not known",
+            f"Use one of: {', '.join(profile_names())}; or the path of a .toml file.",
         )
     try:
         values = tomllib.loads(text)

@@ -173,9 +173,7 @@ def _check_text(flag: str, text: object) -> None:
         raise RequestError(f"{flag} is {text!r}, which is not text.", "Give it as a string.")
     position = next((at for at, mark in enumerate(text) if "\ud800" <= mark <= "\udfff"), None)
     if position is not None:
-        raise RequestError(
-            f"{flag} is not valid Unicode at character {position + 1}.", "Use a UTF-8 terminal."
-        )
+        raise RequestError(f"{flag} is not valid Unicode at character {position + 1}.", "Use a UTF-8 terminal.")
 
 
 def _check_size(size: object) -> None:
@@ -185,9 +183,7 @@ def _check_size(size: object) -> None:
     if all(side % SIZE_STEP == 0 and SIZE_STEP <= side <= MAX_SIDE for side in size):
         return
     width, height = (min(max(round(side / SIZE_STEP), 1) * SIZE_STEP, MAX_SIDE) for side in size)
-    raise RequestError(
-        f"--size {size[0]}x{size[1]} cannot be made.", f"{shape}: the nearest is {width}x{height}."
-    )
+    raise RequestError(f"--size {size[0]}x{size[1]} cannot be made.", f"{shape}: the nearest is {width}x{height}.")
 
 
 def _check_frames(frames: object) -> None:

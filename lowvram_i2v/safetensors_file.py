@@ -97,9 +97,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the safetensors header is damaged ({error})", "Copy it again."
-        ) from error
+        raise CheckpointError(f"{path}: the safetensors header is damaged ({error})", "Copy it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is damaged (not an object)", "Copy it again.")
     metadata = header.pop("__metadata__", None) or {}
@@ -109,23 +107,17 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if entry.start != end:
-            raise CheckpointError(
-                f"{path}: the header is damaged ({name} does not follow the tensor before it)"
-            )
+            raise CheckpointError(f"{path}: the header is damaged ({name} does not follow the tensor before it)")
         end += entry.bytes
     if size != end:
         fault = "is truncated" if size < end else "has bytes behind its end"
-        raise CheckpointError(
-            f"{path} {fault}: {size} bytes, its header describes {end}", "Copy or download it again."
-        )
+        raise CheckpointError(f"{path} {fault}: {size} bytes, its header describes {end}", "Copy or download it again.")
     return SafetensorsFile(path, entries, {str(key): str(value) for key, value in metadata.items()})
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     """One entry of the header, checked."""
-    fault = CheckpointError(
-        f"{path}: the header's entry for {name!r} is damaged: {value!r:.200}", "Copy it again."
-    )
+    fault = CheckpointError(f"{path}: the header's entry for {name!r} is damaged: {value!r:.200}", "Copy it again.")
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise fault
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -68,8 +68,7 @@ def check_output(path: Path, width: int, height: int, frames: int) -> None:
     needed = round(frames * width * height * BYTES_A_PIXEL) + DISK_MARGIN
     if free < needed:
         raise ResourceError(
-            f"{folder} has {free >> 20} MiB free; "
-            f"{frames} frames of {width}x{height} may need {needed >> 20} MiB.",
+            f"{folder} has {free >> 20} MiB free; {frames} frames of {width}x{height} may need {needed >> 20} MiB.",
             "Free some space or write to another disk.",
         )
     _ffmpeg()

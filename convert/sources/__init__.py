@@ -64,9 +64,7 @@ def open_source(folder: Path, components: Iterable[str]) -> dict[str, ComponentS
     Raises CheckpointError if the layout is none of SOURCES, or listing everything that is missing from it.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder", "Give the folder that holds the downloaded weights."
-        )
+        raise CheckpointError(f"{folder} is not a folder", "Give the folder that holds the downloaded weights.")
     expected = []
     for module_name in SOURCES.values():
         layout = import_module(module_name)

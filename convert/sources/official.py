@@ -133,9 +133,7 @@ def _open(root: Path, component: str) -> ComponentSource:
     config = read_json(folder / "config.json") if place.has_config else {}
     tokenizer = [*(_present(folder, place.tokenizer) or ())]
     tokenizer += [
-        folder / name
-        for name in place.optional
-        if (folder / name).is_file() and folder / name not in tokenizer
+        folder / name for name in place.optional if (folder / name).is_file() and folder / name not in tokenizer
     ]
     return ComponentSource(
         path=weights,
@@ -157,9 +155,7 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def renamed(
-    tensors: dict[str, LazyTensor], rename: Callable[[str], str | None], path: Path
-) -> dict[str, LazyTensor]:
+def renamed(tensors: dict[str, LazyTensor], rename: Callable[[str], str | None], path: Path) -> dict[str, LazyTensor]:
     """The tensors that are stored, under our names. Raises CheckpointError listing all names of another
     model."""
     result, foreign = {}, []

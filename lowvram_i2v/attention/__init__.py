@@ -36,5 +36,7 @@ def get(name: str) -> AttentionBackend:
     try:
         backend: AttentionBackend = import_module(BACKENDS[name]).attend
     except ImportError as error:
-        raise PlatformError(f"attention backend {name!r} cannot be loaded: {error}", "Install it or use sdpa.") from error
+        raise PlatformError(
+            f"attention backend {name!r} cannot be loaded: {error}", "Install it or use sdpa."
+        ) from error
     return backend

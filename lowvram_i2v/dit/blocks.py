@@ -147,4 +147,4 @@ class SingleBlock(nn.Module):
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """[tokens, 3 * hidden] -> q, k, v, each [tokens, heads, dim]."""
-    return qkv.unflatten(-1, (3, heads, -1)).unbind(1)
+    return qkv.reshape(len(qkv), 3, heads, -1).unbind(1)

@@ -45,7 +45,8 @@ class ScalarEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, value: Tensor) -> Tensor:
-        return self.mlp(sinusoidal(value).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoidal(value).to(dtype))  # type: ignore[no-any-return]
 
 
 class PooledEmbedder(nn.Module):
@@ -126,9 +127,7 @@ class TokenRefiner(nn.Module):
         self.t_embedder = ScalarEmbedder(config.hidden_size)
         self.c_embedder = TextProjection(config.text_dim, config.hidden_size)
         self.individual_token_refiner = nn.Module()
-        self.individual_token_refiner.blocks = nn.ModuleList(
-            RefinerBlock(config) for _ in range(config.refiner_blocks)
-        )
+        self.individual_token_refiner.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
 
     def forward(self, prompt_embeds: Tensor, timestep: Tensor, attend: AttentionBackend) -> Tensor:
         mean = prompt_embeds.float().mean(0, keepdim=True).to(prompt_embeds.dtype)

@@ -15,11 +15,13 @@ RIFLEX_ABOVE_FRAMES = 192
 
 
 def token_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Tokens along time, rows and columns of a video in pixels: latents are 1/4 in time, 1/8 in space, patches 1x2x2."""
+    """Tokens along time, rows and columns of a video in pixels: 4 frames a latent, 16 pixels a side of a token."""
     return ((frames - 1) // 4 + 1, height // 16, width // 16)
 
 
-def rope_table(grid: tuple[int, int, int], dims: tuple[int, int, int], theta: float, frames: int) -> tuple[Tensor, Tensor]:
+def rope_table(
+    grid: tuple[int, int, int], dims: tuple[int, int, int], theta: float, frames: int
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles, float32 [grid tokens, sum(dims) / 2], tokens frame by frame, row by row.
 
     `frames` is the video's length before the VAE: it decides about RIFLEx.

@@ -84,7 +84,8 @@ class HunyuanVideoTransformer(nn.Module):
         """[tokens, channels * patch] -> [channels, T, H, W], float32."""
         (t, h, w), (pt, ph, pw) = grid, self.config.patch_size
         pattern = "(t h w) (c pt ph pw) -> c (t pt) (h ph) (w pw)"
-        return rearrange(tokens.float(), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        video: Tensor = rearrange(tokens.float(), pattern, t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        return video
 
 
 class FinalLayer(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def denoise(
     numbers from 1. Returns the final latents.
     """
     latents = conditioning.enter(latents)
-    for i, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         timestep = (sigma * TIMESTEPS).reshape(1).to(latents.device)
         v = velocity(conditioning.model_input(latents), timestep)
         latents = conditioning.enter(latents + v * float(next_sigma - sigma))

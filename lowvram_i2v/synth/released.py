@@ -69,15 +69,11 @@ def synth(
     require_writable(folder)
     make = partial(random_tensors, seed=seed, device=device or torch.device("cpu"))
     planned = [
-        part
-        for component in components
-        for part in PARTS[component](folder, SIZES[size], VARIANTS[variant], make)
+        part for component in components for part in PARTS[component](folder, SIZES[size], VARIANTS[variant], make)
     ]
     require_space(folder, sum(part.bytes for part in planned))
     for component in components:
-        _write_component(
-            component, [part for part in planned if part.component == component], SIZES[size], listen
-        )
+        _write_component(component, [part for part in planned if part.component == component], SIZES[size], listen)
 
 
 def _write_component(component: str, parts: list[Part], size: Size, listen: Listener) -> None:

@@ -28,9 +28,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        TransformerConfig(
-            hidden_size=256, heads=2, double_blocks=2, single_blocks=2, text_dim=64, pooled_dim=48
-        ),
+        TransformerConfig(hidden_size=256, heads=2, double_blocks=2, single_blocks=2, text_dim=64, pooled_dim=48),
         VaeConfig(block_out_channels=(32, 32, 64, 64), norm_num_groups=8),
         llava_text={
             "hidden_size": 64,

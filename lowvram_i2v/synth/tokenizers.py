@@ -1,4 +1,4 @@
-"""Small tokenizers with the arithmetic of the released ones, trained on a few sentences. No torch here.
+"""Small tokenizers with the arithmetic of the released ones, made from a few sentences. No torch here.
 
 Invariants: the words of the video template and a blank line are one token each, so the template is as long
 as with the released vocabulary; any text can be encoded, byte by byte at worst; the files are the same
@@ -8,9 +8,11 @@ every time.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lowvram_i2v.text.template import BEGIN, CLOSING, DEFAULT_NEGATIVE_PROMPT, IMAGE, MARKS, PREFIX, USER_LEAD
 from lowvram_i2v.text.tokenizers import CLIP_END, CLIP_START, CLIP_WORDS
@@ -18,6 +20,7 @@ from lowvram_i2v.text.tokenizers import CLIP_END, CLIP_START, CLIP_WORDS
 END, PAD = "<|end_of_text|>", "<pad>"
 SPECIAL = (BEGIN, END, *(mark for mark in MARKS if mark != BEGIN), PAD)
 NAMED = {"begin": BEGIN, "end": END, "image": IMAGE, "pad": PAD}
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 LLAVA_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,19 +36,23 @@ SENTENCES = (
 
 def write_llava_tokenizer(folder: Path) -> dict[str, int]:
     """Writes tokenizer.json and tokenizer_config.json; returns the ids that LLaVA's config.json names."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAVA_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    merges = learn_merges(list(word) for text in SENTENCES for word, _ in split.pre_tokenize_str(text))
+    tokens = dict.fromkeys([*ALPHABET, *(a + b for a, b in merges)])
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(SENTENCES, _trainer())
     tokenizer.add_special_tokens(list(SPECIAL))
-    begin = tokenizer.token_to_id(BEGIN)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B:1", special_tokens=[(BEGIN, begin)]
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A {BEGIN} $B:1",
+        special_tokens=[(BEGIN, vocabulary[BEGIN])],
     )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(
@@ -58,25 +65,21 @@ def write_llava_tokenizer(folder: Path) -> dict[str, int]:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     return {name: vocabulary[token] for name, token in NAMED.items()}
 
 
 def write_clip_tokenizer(folder: Path) -> None:
     """Writes vocab.json, merges.txt and tokenizer_config.json. The end token has the highest id."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.train_from_iterator(SENTENCES, _trainer(end_of_word_suffix="</w>"))
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *(a + b for a, b in merges)]
-    tokens = [*dict.fromkeys(tokens), CLIP_START, CLIP_END]
+    words = [word for text in SENTENCES for word, _ in split.pre_tokenize_str(text.lower())]
+    merges = learn_merges([*word[:-1], f"{word[-1]}</w>"] for word in words)
+    ends = (f"{letter}</w>" for letter in ALPHABET)
+    tokens = dict.fromkeys([*ALPHABET, *ends, *(a + b for a, b in merges), CLIP_START, CLIP_END])
     _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -93,13 +96,22 @@ def write_clip_tokenizer(folder: Path) -> None:
     )
 
 
-def _trainer(end_of_word_suffix: str = "") -> trainers.BpeTrainer:
-    return trainers.BpeTrainer(
-        vocab_size=4096,  # more than the sentences can fill: every word of theirs becomes one token
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix=end_of_word_suffix,
-        show_progress=False,
-    )
+def learn_merges(words: Iterable[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges under which every one of the words, given as letters, is one token.
+
+    Word after word, what is left of it is joined from its start. A new merge ranks last, so it cannot disturb the
+    words before. (The package's own trainer orders equally frequent pairs differently from run to run.)
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = word
+        while len(pieces) > 1:
+            known = [(ranks[pair], at) for at, pair in enumerate(pairwise(pieces)) if pair in ranks]
+            if not known:
+                ranks[pieces[0], pieces[1]] = len(ranks)
+            at = min(known)[1] if known else 0
+            pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]
+    return list(ranks)
 
 
 def _write_json(path: Path, values: dict[str, object]) -> None:

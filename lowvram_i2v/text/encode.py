@@ -40,9 +40,7 @@ def encode_prompt(
 
 
 @torch.no_grad()
-def prompt_rows(
-    llava: Any, tokenizer: LlavaTokenizer, prompt: str, image: Image.Image, stride: int
-) -> Tensor:
+def prompt_rows(llava: Any, tokenizer: LlavaTokenizer, prompt: str, image: Image.Image, stride: int) -> Tensor:
     """[tokens, text_dim] on the model's device: every `stride`-th image row, then the text rows.
 
     llava: from `build_llava`, weights loaded. image: the whole picture, not the crop that becomes the first

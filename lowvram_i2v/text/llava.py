@@ -22,9 +22,7 @@ from lowvram_i2v.errors import CheckpointError
 SKIPPED_LAYERS = 2
 """Decoder layers at the end whose output is not used."""
 
-_REMEDY = (
-    "Only the released LLaVA (llava-llama-3-8b, or the same layout in another size) can be the text encoder."
-)
+_REMEDY = "Only the released LLaVA (llava-llama-3-8b, or the same layout in another size) can be the text encoder."
 _OFFICIAL_PREFIXES = {
     "language_model.model.": "model.",
     "vision_tower.vision_model.": "vision_model.",

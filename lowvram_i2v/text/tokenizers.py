@@ -181,7 +181,5 @@ def _mark_ids(tokenizer: Tokenizer, marks: tuple[str, ...], source: Path) -> dic
     ids = {mark: tokenizer.token_to_id(mark) for mark in marks}
     missing = [mark for mark, token in ids.items() if token is None]
     if missing:
-        raise CheckpointError(
-            f"{source} has no token {', '.join(missing)}", "It is not this model's tokenizer."
-        )
+        raise CheckpointError(f"{source} has no token {', '.join(missing)}", "It is not this model's tokenizer.")
     return {mark: token for mark, token in ids.items() if token is not None}

@@ -69,9 +69,7 @@ class Resnet(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, 3)
         self.norm2 = GroupNormSilu(groups, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3)
-        self.conv_shortcut = (
-            None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, 1)
-        )
+        self.conv_shortcut = None if in_channels == out_channels else CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[C, T, H, W] -> [D, T, H, W]"""

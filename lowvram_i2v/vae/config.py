@@ -58,9 +58,7 @@ class VaeConfig:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise _refused(f"{name} {size!r} is not a whole number above 0")
         if uneven := [width for width in channels if width % self.norm_num_groups]:
-            raise _refused(
-                f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels {uneven}"
-            )
+            raise _refused(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels {uneven}")
         if not isinstance(self.scaling_factor, int | float) or not 0 < self.scaling_factor < float("inf"):
             raise _refused(f"scaling_factor {self.scaling_factor!r} is not a number above 0")
         if not isinstance(self.tile_overlap_factor, int | float) or not 0 <= self.tile_overlap_factor < 1:
@@ -104,6 +102,4 @@ class VaeConfig:
 
 
 def _refused(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"VAE config: {what}.", "Use the config.json that was released with the VAE weights."
-    )
+    return CheckpointError(f"VAE config: {what}.", "Use the config.json that was released with the VAE weights.")

@@ -63,9 +63,7 @@ class _DownBlock(nn.Module):
         widths, layers = config.block_out_channels, config.layers_per_block
         inputs = [widths[max(index - 1, 0)], *[widths[index]] * (layers - 1)]
         self.resnets = nn.ModuleList(Resnet(width, widths[index], config.norm_num_groups) for width in inputs)
-        self.downsamplers = nn.ModuleList(
-            _Downsample(widths[index], s) for s in BLOCK_STRIDES[index : index + 1]
-        )
+        self.downsamplers = nn.ModuleList(_Downsample(widths[index], s) for s in BLOCK_STRIDES[index : index + 1])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):

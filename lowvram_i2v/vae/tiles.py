@@ -47,9 +47,7 @@ class Tiling:
         such settings the reference joins tiles that do not meet."""
         overlap = config.tile_overlap_factor
         tile, stride = _whole_latents("sample_size", config.sample_size, config.spatial_ratio, overlap)
-        frames, stride_frames = _whole_latents(
-            "sample_tsize", config.sample_tsize, config.time_ratio, overlap
-        )
+        frames, stride_frames = _whole_latents("sample_tsize", config.sample_tsize, config.time_ratio, overlap)
         return cls(tile, stride, frames, stride_frames, config.spatial_ratio, config.time_ratio)
 
 

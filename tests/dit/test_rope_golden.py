@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from goldens import Sampled, golden, names
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from goldens import Sampled, golden, names
 from lowvram_i2v.dit.rope import rope_table, token_grid
 
 ROPE = names("C_")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import Golden, golden, names, relative_l2, transformer_weights
 from torch import Tensor, nn
 
+from goldens import Golden, golden, names, relative_l2, transformer_weights
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 

@@ -87,10 +87,7 @@ def png_header(width, height):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
 
 
@@ -179,9 +176,7 @@ def test_floats_run_to_one_or_to_255_and_must_be_finite(tmp_path):
     unit = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
     expected = np.arange(256).reshape(16, 16)
     np.testing.assert_array_equal(array(saved(tmp_path, Image.fromarray(unit), "unit.tif"))[..., 0], expected)
-    np.testing.assert_array_equal(
-        array(saved(tmp_path, Image.fromarray(unit * 255), "byte.tif"))[..., 1], expected
-    )
+    np.testing.assert_array_equal(array(saved(tmp_path, Image.fromarray(unit * 255), "byte.tif"))[..., 1], expected)
     unit[3, 3] = np.nan
     assert "not finite" in refused(saved(tmp_path, Image.fromarray(unit), "nan.tif"))
 

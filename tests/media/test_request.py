@@ -157,9 +157,7 @@ def test_unknown_and_missing_settings_are_all_named():
     assert all(name in error.value.what for name in ("teacache", "sage", "prompt"))
 
 
-@pytest.mark.parametrize(
-    "change", [{"image": 3}, {"frames": 130}, {"steps": "50"}, {"size": "640x320"}, {"size": []}]
-)
+@pytest.mark.parametrize("change", [{"image": 3}, {"frames": 130}, {"steps": "50"}, {"size": "640x320"}, {"size": []}])
 def test_settings_with_bad_values_are_refused(change):
     with pytest.raises(RequestError):
         GenerateRequest.from_settings({**REQUEST.to_settings(), **change}, Path("o.mp4"))

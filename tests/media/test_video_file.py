@@ -58,18 +58,14 @@ def test_count_size_and_rate_are_exact_and_frames_survive(tmp_path, count, width
 def test_the_stream_is_h264_yuv420p_tagged_bt709_and_starts_fast(tmp_path):
     path = tmp_path / "out.mp4"
     write_video(smooth_frames(5, 64, 48), path, 24, SETTINGS)
-    run = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True, check=False)
     (line,) = [line for line in run.stderr.splitlines() if "Video:" in line]
     assert all(word in line for word in ("h264", "yuv420p(tv, bt709", "64x48", "24 fps"))
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
 
 
-@pytest.mark.parametrize(
-    "colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (18, 180, 90)]
-)
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (18, 180, 90)])
 def test_flat_colours_come_back(tmp_path, colour):
     path = tmp_path / "flat.mp4"
     frame = np.full((48, 64, 3), colour, np.uint8)
@@ -158,9 +154,7 @@ def test_frames_are_taken_one_at_a_time(tmp_path):
 def test_a_failing_iterator_leaves_nothing_and_no_process(tmp_path, monkeypatch, error):
     started = []
     real = subprocess.Popen
-    monkeypatch.setattr(
-        video.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1]
-    )
+    monkeypatch.setattr(video.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
 
     def frames():
         yield from smooth_frames(3, 64, 48)
@@ -212,9 +206,7 @@ def test_a_failing_ffmpeg_tells_its_last_lines_and_leaves_nothing(tmp_path, monk
         write_video([np.zeros((49, 65, 3), np.uint8)] * 3, tmp_path / "odd.mp4", 24, SETTINGS)
     broken = tmp_path / "bin" / "ffmpeg"
     broken.parent.mkdir()
-    broken.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.stderr.write('No space left on device')\nsys.exit(5)\n"
-    )
+    broken.write_text(f"#!{sys.executable}\nimport sys\nsys.stderr.write('No space left on device')\nsys.exit(5)\n")
     broken.chmod(0o755)
     monkeypatch.setattr(video, "_ffmpeg", lambda: str(broken))
     with pytest.raises(ResourceError, match="status 5"):

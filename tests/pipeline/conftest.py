@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import FOLDER, golden, names, transformer_weights, weights
 
+from goldens import FOLDER, golden, names, transformer_weights, weights
 from lowvram_i2v.convert.convert import convert
 
 ModelOf = Callable[[dict[str, Any]], Path]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import FOLDER, Golden, golden, names, relative_l2
 from torch import Tensor
 
+from goldens import FOLDER, Golden, golden, names, relative_l2
 from lowvram_i2v import pipeline
 from lowvram_i2v.events import ignore
 from lowvram_i2v.image import pixels
@@ -109,7 +109,7 @@ def test_run_equals_the_reference(
 def test_whole_call_equals_the_reference(
     name: str, model_of: ModelOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The outermost routine: a picture file, a prompt with blanks around it and a seed; the picture decides the size."""
+    """The outermost routine: a picture file, a prompt with blanks around it and a seed; the picture decides."""
     case = golden(name)
     c = case.info["config"]
     info = dict(case.info) | {"weights": {"transformer": "weights_transformer.safetensors"} | case.info["weights"]}

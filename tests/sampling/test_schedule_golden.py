@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from goldens import golden, names, relative_l2
 
+from goldens import golden, names, relative_l2
 from lowvram_i2v.sampling.denoise import denoise
 from lowvram_i2v.sampling.schedule import TIMESTEPS, flow_sigmas
 

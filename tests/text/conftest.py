@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import FOLDER, Golden, golden, names, weights
 from PIL import Image
 
+from goldens import FOLDER, Golden, golden, names, weights
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name, official_clip_name
 from lowvram_i2v.text.encode import black_image
 from lowvram_i2v.text.llava import build_llava, llava_tensor_name, official_llava_name
@@ -63,9 +63,7 @@ def text(request: pytest.FixtureRequest) -> TextGolden:
     reference = golden(request.param)
     config = reference.info["config"]
     llava_folder, clip_folder = (FOLDER / name for name in config["hf_folders"])
-    llava_config, clip_config = (
-        json.loads((f / "config.json").read_text()) for f in (llava_folder, clip_folder)
-    )
+    llava_config, clip_config = (json.loads((f / "config.json").read_text()) for f in (llava_folder, clip_folder))
     llava_state = file_weights(llava_folder, official_llava_name)
     clip_state = file_weights(clip_folder, official_clip_name)
     return TextGolden(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from goldens import Sampled, relative_l2
 
+from goldens import Sampled, relative_l2
 from lowvram_i2v.text.encode import (
     black_image,
     encode_prompt,
@@ -29,9 +29,7 @@ def first_rows(expected: Any, count: int) -> Any:
     """The first `count` rows of a golden [1, rows, width]."""
     width = expected.shape[-1]
     if isinstance(expected, Sampled):
-        return Sampled(
-            expected.values[: -(-count * width // expected.stride)], expected.stride, (count, width)
-        )
+        return Sampled(expected.values[: -(-count * width // expected.stride)], expected.stride, (count, width))
     return expected[0, :count]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from goldens import FOLDER, weights
 
+from goldens import FOLDER, weights
 from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name, official_clip_name
 from lowvram_i2v.text.encode import prompt_rows, vision_pixels
@@ -77,9 +77,7 @@ def test_build_leaves_its_config_alone_and_its_buffers_real(text: Any) -> None:
 def test_rotary_frequencies_do_not_follow_the_weights_dtype(text: Any) -> None:
     half = copy.deepcopy(text.llava_config)
     half["torch_dtype"] = half["text_config"]["torch_dtype"] = "float16"
-    for (name, whole), (_, buffer) in zip(
-        text.llava.named_buffers(), build_llava(half).named_buffers(), strict=True
-    ):
+    for (name, whole), (_, buffer) in zip(text.llava.named_buffers(), build_llava(half).named_buffers(), strict=True):
         assert torch.equal(whole, buffer), name
         assert whole.dtype == buffer.dtype
 
@@ -156,9 +154,7 @@ def test_bit_equal_to_the_whole_model_s_hidden_state(text: Any) -> None:
         published |= weights(str(path.relative_to(FOLDER)))
     whole.load_state_dict(
         {
-            name.replace("language_model.model.", "language_model.").replace(
-                "vision_model.", ""
-            ): value.clone()
+            name.replace("language_model.model.", "language_model.").replace("vision_model.", ""): value.clone()
             for name, value in published.items()
             if "lm_head" not in name
         }

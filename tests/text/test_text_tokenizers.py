@@ -26,9 +26,7 @@ quick = settings(
 )
 ALL_MARKS = (*MARKS, "<|end_of_text|>", "<pad>", CLIP_START, CLIP_END)
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
-PIECES = st.lists(
-    st.sampled_from([*ALL_MARKS, "\n\n", " ", "😀", "a cat", "é", "猫", "'s", "12", "\t"]), max_size=120
-)
+PIECES = st.lists(st.sampled_from([*ALL_MARKS, "\n\n", " ", "😀", "a cat", "é", "猫", "'s", "12", "\t"]), max_size=120)
 PROMPTS = st.one_of(UNICODE, PIECES.map("".join))
 ODD_PROMPTS = [
     "",
@@ -69,9 +67,7 @@ def test_llava_ids_come_from_the_template_or_from_plain_text(text: Any, prompt: 
 def test_llava_ids_are_those_of_the_whole_text_tokenized_at_once(text: Any, prompt: str) -> None:
     """The way of the reference, which knows no plain-text marks."""
     whole = Tokenizer.from_file(str(text.llava_folder / "tokenizer.json"))
-    ids = whole.encode(
-        "".join((*PREFIX, USER_LEAD)) + prompt + "".join(CLOSING), add_special_tokens=False
-    ).ids
+    ids = whole.encode("".join((*PREFIX, USER_LEAD)) + prompt + "".join(CLOSING), add_special_tokens=False).ids
     tokenizer: LlavaTokenizer = text.llava_tokenizer
     assert list(tokenizer.encode(prompt).ids) == ids[: tokenizer.max_length]
 
@@ -87,14 +83,10 @@ def test_kept_rows_and_cut_text_are_the_whole_prompt(text: Any, prompt: str, cop
         assert len(tokens.text_rows) >= 1
         return
     kept = prompt.removesuffix(tokens.cut.text)
-    decoded = tokenizer._tokenizer.decode(
-        [tokens.ids[row] for row in tokens.text_rows], skip_special_tokens=False
-    )
+    decoded = tokenizer._tokenizer.decode([tokens.ids[row] for row in tokens.text_rows], skip_special_tokens=False)
     assert decoded.rstrip("\ufffd").startswith(kept)
     assert tokens.cut.text
-    assert (
-        tokens.cut.kept == len(tokens.text_rows) == tokenizer.max_length - tokenizer.prefix_length - closing
-    )
+    assert tokens.cut.kept == len(tokens.text_rows) == tokenizer.max_length - tokenizer.prefix_length - closing
     assert tokens.cut.tokens > tokens.cut.kept
 
 

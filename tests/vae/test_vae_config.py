@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from goldens import golden, names
 
+from goldens import golden, names
 from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder

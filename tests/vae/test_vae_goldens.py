@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from goldens import golden, names, relative_l2, weights
 from torch import Tensor
 
+from goldens import golden, names, relative_l2, weights
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.encoder import VaeEncoder

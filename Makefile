@@ -1,0 +1,45 @@
+# The only entry: demo, test, check, test-gpu, bench, fix. PYTHON and TORCH choose other versions.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: demo test check test-gpu bench fix clean
+
+demo: $(VENV)/.core
+	$(BIN)/lowvram-i2v demo --folder demo_out
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tests/repo/typecheck.py
+	$(BIN)/python -m pytest -q tests/repo
+
+# Needs a CUDA device; nothing has to be installed beside torch, transformers and pytest.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu
+
+# Full-size measurements on a CUDA device; rows for docs/measurements.md are printed at the end.
+bench:
+	$(PYTHON) tests/bench/full_size.py
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist demo_out $(VENV)
+
+# torch first and by its own: a plain torch would bring gigabytes of CUDA packages.
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@

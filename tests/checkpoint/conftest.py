@@ -1,0 +1,3 @@
+from tiny_models import model, model_once, released, released_once
+
+__all__ = ["model", "model_once", "released", "released_once"]
