@@ -28,6 +28,8 @@ that you name, a long one dilutes it and may switch scenes. Example:
   "A woman turns her head and smiles, park in autumn behind her, the camera moves in slowly."
 """
 
+PIECES = {"transformer": "transformer", "text": "text_encoder", "clip": "text_encoder_2", "vae": "vae"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 1 refused with a message, 2 unknown flags, 130 interrupted."""
@@ -190,7 +192,8 @@ def _add_convert(commands: Any) -> None:
         "--component",
         action="append",
         metavar="NAME",
-        help=f"only this one (repeatable): {', '.join(_components())}",
+        choices=PIECES,
+        help="only this one (repeatable): %(choices)s",
     )
     add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
 
@@ -198,7 +201,7 @@ def _add_convert(commands: Any) -> None:
 def _convert(options: argparse.Namespace) -> int:
     from lowvram_i2v.convert.convert import convert
 
-    components = options.component or _components()
+    components = _components(options)
     convert(options.source, options.destination, options.scheme, components, options.variant, Console())
     print(options.destination)
     return 0
@@ -220,7 +223,8 @@ def _add_synth(commands: Any) -> None:
         "--component",
         action="append",
         metavar="NAME",
-        help=f"only this one (repeatable): {', '.join(_components())}",
+        choices=PIECES,
+        help="only this one (repeatable): %(choices)s",
     )
     add("--seed", type=int, default=0)
     add("--device", default="auto", metavar="NAME", help="where the random numbers are made (default auto)")
@@ -230,7 +234,7 @@ def _synth(options: argparse.Namespace) -> int:
     from lowvram_i2v.device import pick_device
     from lowvram_i2v.synth import synth
 
-    components = options.component or _components()
+    components = _components(options)
     device = pick_device(options.device)
     synth(options.folder, options.size, options.variant, components, options.seed, device, Console())
     print(options.folder)
@@ -264,7 +268,6 @@ def _profiles(options: argparse.Namespace) -> int:
     return 0
 
 
-def _components() -> tuple[str, ...]:
-    from lowvram_i2v.checkpoint import COMPONENTS
-
-    return COMPONENTS
+def _components(options: argparse.Namespace) -> tuple[str, ...]:
+    """The components that --component names, all of them without it."""
+    return tuple(PIECES[name] for name in options.component or PIECES)

@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowvram_i2v.dit.config import TransformerConfig
+
 FOLDER = Path(os.environ.get("LOWVRAM_GOLDENS") or Path(__file__).parent / "golden")
 
 
@@ -109,6 +111,27 @@ def transformer_weights(info: dict[str, Any]) -> dict[str, Tensor]:
         prefix = drop.split()[-1].rstrip("*")
         state = {name: value for name, value in state.items() if not name.startswith(prefix)}
     return state
+
+
+def transformer_config(info: dict[str, Any], state: dict[str, Tensor]) -> TransformerConfig:
+    """The project's config for a golden's settings; the refiner's depth is counted in the weights."""
+    c = info["config"]
+    return TransformerConfig(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        hidden_size=c["hidden_size"],
+        heads=c["heads_num"],
+        double_blocks=c["mm_double_blocks_depth"],
+        single_blocks=c["mm_single_blocks_depth"],
+        refiner_blocks=len({name.split(".")[3] for name in state if "refiner.blocks." in name}),
+        mlp_ratio=c["mlp_width_ratio"],
+        patch_size=tuple(c["patch_size"]),
+        rope_dims=tuple(c["rope_dim_list"]),
+        rope_theta=c["rope_theta"],
+        text_dim=c["text_states_dim"],
+        pooled_dim=c["text_states_dim_2"],
+        guidance_embed=c["guidance_embed"],
+    )
 
 
 def relative_l2(actual: Tensor, expected: Tensor | Sampled, keep: Tensor | None = None) -> float:

@@ -8,37 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from goldens import Golden, golden, names, relative_l2, transformer_weights
-from lowvram_i2v.dit.config import TransformerConfig
+from goldens import Golden, golden, names, relative_l2, transformer_config, transformer_weights
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 
 TRANSFORMERS = names("A_", "A2_", "B_", "B2_")
 
 
-def config_of(info: dict[str, Any], state: dict[str, Tensor]) -> TransformerConfig:
-    c = info["config"]
-    return TransformerConfig(
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        hidden_size=c["hidden_size"],
-        heads=c["heads_num"],
-        double_blocks=c["mm_double_blocks_depth"],
-        single_blocks=c["mm_single_blocks_depth"],
-        refiner_blocks=len({name.split(".")[3] for name in state if "refiner.blocks." in name}),
-        mlp_ratio=c["mlp_width_ratio"],
-        patch_size=tuple(c["patch_size"]),
-        rope_dims=tuple(c["rope_dim_list"]),
-        rope_theta=c["rope_theta"],
-        text_dim=c["text_states_dim"],
-        pooled_dim=c["text_states_dim_2"],
-        guidance_embed=c["guidance_embed"],
-    )
-
-
 def build(info: dict[str, Any], dtype: torch.dtype = torch.float32) -> HunyuanVideoTransformer:
     state = transformer_weights(info)
     with torch.device("meta"):
-        model = HunyuanVideoTransformer(config_of(info, state))
+        model = HunyuanVideoTransformer(transformer_config(info, state))
     model.load_state_dict(state, assign=True)
     return model.to(dtype).eval()
 
