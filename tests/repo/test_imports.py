@@ -30,12 +30,12 @@ CONFIGS = {"dit.config", "vae.config"}
 ALLOWED = {
     "kernels": {"kernels", "errors"},
     "attention": {"attention", "kernels", "errors"},
-    "dit": {"dit", "attention", "kernels", "errors"},
+    "dit": {"dit", "attention", "kernels", "safetensors_file", "errors"},
     "vae": {"vae", "kernels", "attention", "errors"},
     "text": {"text", "errors"},
     "sampling": {"sampling", "dit", "text", "variant", "errors"},
     "safetensors_file": {"errors"},
-    "checkpoint": {"safetensors_file", "variant", "errors", *CONFIGS},
+    "checkpoint": {"safetensors_file", "kernels", "variant", "errors", *CONFIGS},
     "convert": {
         "convert",
         "checkpoint",
