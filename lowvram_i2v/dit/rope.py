@@ -43,7 +43,9 @@ def rope_table(
 
 
 def _frequencies(dim: int, theta: float) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+    """theta^(-2j/dim), float32 [dim / 2]. The power is taken in float64 and rounded once: the same bits everywhere."""
+    powers = theta ** (torch.arange(0, dim, 2).float() / dim).double()
+    return 1.0 / powers.float()
 
 
 def _lower_one_frequency(time: Tensor, latent_frames: int, frames: int) -> Tensor:

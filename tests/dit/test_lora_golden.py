@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from goldens import FOLDER, Golden, Sampled, golden, names, relative_l2, transformer_config, weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from goldens import FOLDER, Golden, Sampled, golden, names, relative_l2, transformer_config, weights
 from lowvram_i2v.dit.lora import KOHYA_PREFIX, OFFICIAL_PREFIX, merge_lora, read_lora
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.errors import CheckpointError

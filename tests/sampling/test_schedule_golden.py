@@ -35,6 +35,18 @@ def test_sigmas_and_timesteps(name: str) -> None:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_runs_down(name: str) -> None:
+    """Without its switch the reference's schedule runs up, 1 - sigma: what inference must not use."""
+    case = golden(name)
+    for key in [key for key in case.tensors if key.startswith("not_reversed.sigmas.")]:
+        steps, shift = key.removeprefix("not_reversed.sigmas.").split("_")
+        sigmas = flow_sigmas(int(steps), float(shift))
+        assert (1 - sigmas - case[key]).abs().max() < 1e-6
+        assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_euler_steps(name: str) -> None:
     case = golden(name)
     runs = sorted({key.rsplit(".", 1)[0] for key in case.tensors if key.startswith("euler.")})
