@@ -1,16 +1,31 @@
-"""What is stored how: one table, scheme -> component -> dtype.
+"""What is stored how: which linear layers are quantized, the dtype of all else, and the order in the file.
 
-To add a scheme, add a row; a scheme that quantizes wraps the tensors it changes in `stored`.
+Quantized are the layers that every peer quantizes, 97 % of the transformer's parameters: all linear layers of its
+double and single blocks (320 in the released model), and the seven projections of each decoder layer of the LLaVA
+(224). What feeds or reads the blocks, norms and biases stay 16-bit; CLIP and the VAE are never quantized.
+
+Reading and writing are told apart, so that they can overlap: `Layout.tensors` is the file, tensor by tensor;
+`Layout.jobs` is the work, one source tensor at a time, each of which yields one or more tensors of the file. The parts
+of one weight may lie apart, so a job's results are written at their tensors' offsets, in any order.
+
+To add a scheme, add it to `kernels.scheme`; nothing changes here.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowvram_i2v.checkpoint import in_block_order
 from lowvram_i2v.convert.sources import LazyTensor
-from lowvram_i2v.errors import CheckpointError
+from lowvram_i2v.errors import CheckpointError, RequestError
+from lowvram_i2v.kernels.scheme import SCHEMES, QuantScheme
 
 DTYPES = {
     "bf16": {
@@ -21,29 +36,182 @@ DTYPES = {
     },
     "fp32": dict.fromkeys(("transformer", "text_encoder", "text_encoder_2", "vae"), torch.float32),
 }
+"""Schemes that quantize nothing. Beside quantized layers all else is stored as by bf16."""
+
+QUANTIZED = {
+    "transformer": r"(double|single)_blocks\.\d+\..+\.weight",
+    "text_encoder": r"model\.layers\.\d+\..+_proj\.weight",
+}
+"""Component -> tensors that a scheme quantizes, if they are 2-D."""
+
+SCHEME_NAMES = (*SCHEMES, *DTYPES)
+DEFAULT_TEXT_SCHEME = "fp8"
 READABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def stored(component: str, scheme: str, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors of a component's file, in the order and dtype in which they are written."""
-    dtype = DTYPES[scheme][component]
-    return {name: cast(name, tensors[name], dtype) for name in in_block_order(component, tensors)}
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the file that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """The tensor in another floating-point dtype. Reading raises CheckpointError if a value does not fit
-    float16."""
-    if tensor.dtype == dtype:
-        return tensor
+@dataclass(frozen=True)
+class Job:
+    """One tensor read, one or more written.
 
-    def read() -> Tensor:
-        values = tensor.read()
-        result = values.to(dtype)
-        if dtype == torch.float16 and not result.isfinite().all() and values.isfinite().all():
+    names: what `make` returns. make: runs where its argument is, on the CPU or a GPU; raises CheckpointError for values
+    that cannot be stored.
+    """
+
+    names: tuple[str, ...]
+    source: LazyTensor
+    make: Callable[[Tensor], dict[str, Tensor]]
+
+    def produce(self) -> dict[str, Tensor]:
+        """Reads and makes, in one go."""
+        return self.make(self.source.read())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A component's file. tensors: in the order of the file. jobs: in the order of what comes first in the file."""
+
+    tensors: tuple[StoredTensor, ...]
+    jobs: tuple[Job, ...]
+
+
+def component_scheme(component: str, scheme: str, text_scheme: str | None = None) -> str:
+    """The scheme of one component of a model whose transformer has `scheme`: that of the text encoder can be chosen
+    (else it is fp8 beside a quantized transformer), CLIP and VAE are never quantized."""
+    if component == "transformer":
+        return scheme
+    if component == "text_encoder":
+        return text_scheme or (DEFAULT_TEXT_SCHEME if scheme in SCHEMES else scheme)
+    return "bf16" if scheme in SCHEMES else scheme
+
+
+def quantizable(component: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The linear layers (names without `.weight`) of a component that a scheme quantizes, in the order given."""
+    pattern = QUANTIZED.get(component, "(?!)")
+    return [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if len(shape) == 2 and re.fullmatch(pattern, name)
+    ]
+
+
+def check_keep(keep: Iterable[str], layers: Iterable[str]) -> None:
+    """Raises RequestError for a pattern that matches none of the layers that would be quantized."""
+    layers = list(layers)
+    for pattern in keep:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            example = f"such as {layers[0]} or *.{layers[0].rpartition('.')[2]}" if layers else "but none is"
+            raise RequestError(f"--keep {pattern} matches no layer that is quantized", f"Name layers, {example}.")
+
+
+def layout(component: str, scheme: str, tensors: Mapping[str, LazyTensor], keep: Sequence[str] = ()) -> Layout:
+    """How a component is stored.
+
+    scheme: one of SCHEME_NAMES, the component's own (`component_scheme`). tensors: the source's, under the names of the
+    model folder's files. keep: fnmatch patterns of layers that stay unquantized. A source that is stored in the same
+    scheme already is copied bit for bit.
+    """
+    quant = SCHEMES.get(scheme)
+    dtype = DTYPES["bf16" if quant else scheme][component]
+    layers = quantizable(component, {name: tensor.shape for name, tensor in tensors.items()}) if quant else ()
+    chosen = {layer for layer in layers if not any(fnmatchcase(layer, pattern) for pattern in keep)}
+    jobs: list[tuple[Job, list[StoredTensor]]] = []
+    for name, tensor in tensors.items():
+        layer = name.removesuffix(".weight")
+        if quant and layer != name and layer in chosen:
+            jobs += _quantized(layer, tensor, quant)
+        else:
+            jobs.append(_cast(name, tensor, dtype))
+    if quant and chosen:
+        jobs += [_constant(name, value) for name, value in quant.file_markers(component).items()]
+
+    stored = {tensor.name: tensor for _, made in jobs for tensor in made}
+    order = in_block_order(component, {name: tensor.bytes for name, tensor in stored.items()})
+    place = {name: index for index, name in enumerate(order)}
+    by_place = sorted((job for job, _ in jobs), key=lambda job: min(place[name] for name in job.names))
+    return Layout(tuple(stored[name] for name in order), tuple(by_place))
+
+
+def _quantized(layer: str, tensor: LazyTensor, scheme: QuantScheme) -> Iterator[tuple[Job, list[StoredTensor]]]:
+    """A weight's parts, copied if the source has exactly these, and the layer's markers."""
+    rows, columns = tensor.shape
+    wanted = scheme.parts(rows, columns)
+    given = tensor.parts or {}
+    if tensor.scheme == scheme.name and {suffix: (part.shape, part.dtype) for suffix, part in given.items()} == wanted:
+        for suffix, part in given.items():
+            yield _copy(f"{layer}.{suffix}", part)
+    else:
+        parts = [StoredTensor(f"{layer}.{suffix}", shape, dtype) for suffix, (shape, dtype) in wanted.items()]
+
+        def make(weight: Tensor) -> dict[str, Tensor]:
+            return {f"{layer}.{suffix}": part for suffix, part in scheme.quantize(weight, f"{layer}.weight").items()}
+
+        yield Job(tuple(part.name for part in parts), tensor, make), parts
+    for suffix, value in scheme.layer_markers().items():
+        yield _constant(f"{layer}.{suffix}", value)
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> tuple[Job, list[StoredTensor]]:
+    """The tensor in another floating-point dtype, or as it is."""
+
+    def make(values: Tensor) -> dict[str, Tensor]:
+        return {name: cast(name, values, dtype)}
+
+    return Job((name,), tensor, make), [StoredTensor(name, tensor.shape, dtype)]
+
+
+def _copy(name: str, tensor: LazyTensor) -> tuple[Job, list[StoredTensor]]:
+    """The tensor bit for bit. Making it raises CheckpointError if a value is infinite or not a number."""
+
+    def make(values: Tensor) -> dict[str, Tensor]:
+        floats = values.half() if values.dtype == torch.float8_e4m3fn else values
+        if not floats.isfinite().all():
             raise CheckpointError(
-                f"{name} has values up to {values.abs().max():.3g}, float16 holds up to 65504",
-                "These are not the released weights, or they are damaged: download them again.",
+                f"{name} has values that are infinite or not a number",
+                "The weights are damaged: download them again.",
             )
-        return result
+        return {name: values}
 
-    return LazyTensor(tensor.shape, dtype, read)
+    return Job((name,), tensor, make), [StoredTensor(name, tensor.shape, tensor.dtype)]
+
+
+def _constant(name: str, value: Tensor) -> tuple[Job, list[StoredTensor]]:
+    """A tensor that no source has."""
+    return _copy(name, LazyTensor(tuple(value.shape), value.dtype, lambda: value))
+
+
+def cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises CheckpointError if a value does not fit float16."""
+    result = values.to(dtype)
+    if dtype == torch.float16 and values.dtype != dtype and not result.isfinite().all() and values.isfinite().all():
+        raise CheckpointError(
+            f"{name} has values up to {values.abs().max():.3g}, float16 holds up to 65504",
+            "These are not the released weights, or they are damaged: download them again.",
+        )
+    return result
+
+
+def stored(component: str, scheme: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The file's tensors, each made when it is read. For a writer that knows no jobs."""
+    plan = layout(component, scheme, tensors)
+    jobs = {name: job for job in plan.jobs for name in job.names}
+    return {
+        tensor.name: LazyTensor(tensor.shape, tensor.dtype, partial(_only, jobs[tensor.name], tensor.name))
+        for tensor in plan.tensors
+    }
+
+
+def _only(job: Job, name: str) -> Tensor:
+    return job.produce()[name]

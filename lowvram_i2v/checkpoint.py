@@ -12,30 +12,33 @@ A model folder is what `convert` writes:
 Invariants:
 - Opening reads `model.json` and four file headers, never a weight, and reports all that is missing at once.
 - A block is bytes: `in_block_order` is the order of tensors in a file, and it keeps each block contiguous.
+- The dtype of a linear layer's `weight` in the file says how that layer is stored; a file may mix schemes.
 - A loaded component lives as long as its `with`; leaving it frees the weights, whoever holds the module.
 
-Left out: quantized tensors and streamed blocks. Checksums will be one more key of a component's record.
+Left out: streamed blocks.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import CheckpointError
-from lowvram_i2v.safetensors_file import SafetensorsFile, open_safetensors
+from lowvram_i2v.safetensors_file import TORCH_DTYPES, SafetensorsFile, open_safetensors
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.variant import VARIANTS, Variant
 
 if TYPE_CHECKING:
     import torch
+
+    from lowvram_i2v.kernels.scheme import QuantScheme
 
 FORMAT_VERSION = 1
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
@@ -46,6 +49,10 @@ BLOCKS = {
     "text_encoder_2": ("text_model.encoder.layers",),
     "vae": (),
 }
+MODULATION = ("img_mod", "txt_mod", "modulation")
+"""Parts of transformer blocks that see time and pooled prompt but no token: used before the loop, never streamed."""
+ALIGNMENT = 16  # bytes; what vector loads and copies of a GPU want
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 M = TypeVar("M", bound="torch.nn.Module")
 
@@ -54,20 +61,25 @@ def component_file(component: str) -> str:
     return f"{component}.safetensors"
 
 
-def in_block_order(component: str, names: Iterable[str]) -> list[str]:
-    """The order of tensors in a component's file: those outside blocks, then block after block.
+def in_block_order(component: str, sizes: Mapping[str, int]) -> list[str]:
+    """The order of tensors in a component's file: those outside blocks, the modulation of all blocks, then each block.
 
-    Within a group the order given is kept, so that it is the order of the source.
+    sizes: tensor name -> bytes, in the order of the source. A group is one range of bytes; inside it, tensors whose
+    length is a multiple of 16 come first, so that with the group's start they are all aligned to 16 bytes. Otherwise
+    modulation keeps the order of blocks, and equals keep the order given.
     """
-    prefixes = BLOCKS[component]
 
-    def place(name: str) -> tuple[int, int]:
-        for kind, prefix in enumerate(prefixes):
-            if found := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name):
-                return kind + 1, int(found[1])
-        return 0, 0
+    def place(name: str) -> tuple[int, ...]:
+        uneven = sizes[name] % ALIGNMENT != 0
+        for kind, prefix in enumerate(BLOCKS[component]):
+            if found := re.match(rf"{re.escape(prefix)}\.(\d+)\.(\w+)", name):
+                number = int(found[1])
+                if component == "transformer" and found[2] in MODULATION:
+                    return 1, 0, 0, uneven, kind, number
+                return 2, kind, number, uneven
+        return 0, 0, 0, uneven
 
-    return sorted(names, key=place)
+    return sorted(sizes, key=place)
 
 
 def mismatches(
@@ -94,20 +106,22 @@ class ComponentRecord:
     scheme: how its weights are stored.
     bytes: length of its file, to notice a partial copy.
     source: {"file": name, "bytes": n} of what it was converted from.
+    checksums: tensor name -> sha256 of its bytes, for `verify`; empty in folders of version 0.1.
     """
 
     config: dict[str, Any]
     scheme: str
     bytes: int
     source: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"config": self.config, "scheme": self.scheme, "bytes": self.bytes, "source": self.source}
+        return {name: getattr(self, name) for name in ("config", "scheme", "bytes", "source", "checksums")}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> ComponentRecord:
-        record = cls(values["config"], values["scheme"], values["bytes"], values["source"])
-        kinds = {"config": dict, "scheme": str, "bytes": int, "source": dict}
+        record = cls(values["config"], values["scheme"], values["bytes"], values["source"], values.get("checksums", {}))
+        kinds = {"config": dict, "scheme": str, "bytes": int, "source": dict, "checksums": dict}
         for name, kind in kinds.items():
             if not isinstance(getattr(record, name), kind):
                 raise TypeError(f"{name} is {getattr(record, name)!r:.40}")
@@ -209,22 +223,68 @@ class ModelFolder:
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.files[component].entries.items()}
 
+    def scheme_of(self, component: str, layer: str) -> QuantScheme | None:
+        """How the file stores a layer's weight; None for plain floats and for a layer without a weight."""
+        import torch
+
+        from lowvram_i2v.kernels.scheme import scheme_of_dtype
+
+        entry = self.files[component].entries.get(f"{layer}.weight")
+        if entry is None or entry.dtype not in TORCH_DTYPES:
+            return None
+        return scheme_of_dtype(getattr(torch, TORCH_DTYPES[entry.dtype]))
+
+    def build(self, component: str, build: Callable[[], M], file_name: Callable[[str], str] = lambda name: name) -> M:
+        """`build()` on the meta device, its linear layers quantized as the file stores them.
+
+        A module whose buffers are computed when it is built opens `torch.device("cpu")` around them. file_name: from
+        a tensor's name in the module to that in the file.
+        """
+        import torch
+
+        from lowvram_i2v.kernels.quant_linear import swap_linears
+
+        with torch.device("meta"):
+            module = build()
+        swap_linears(module, lambda layer: self.scheme_of(component, file_name(layer)))
+        return module
+
     def check(
         self,
         expected: dict[str, dict[str, tuple[int, ...]]],
         extra_ok: Callable[[str, str], bool] = lambda component, name: False,
     ) -> None:
-        """Compares component -> tensor name -> shape with the files.
+        """Compares component -> tensor name -> shape, as of modules that `build` made, with the files.
 
-        Raises one CheckpointError that lists every missing, wrong-shaped and unexpected tensor of all
-        components; an unexpected one is allowed if `extra_ok(component, name)`.
+        Raises one CheckpointError that lists every missing, wrong-shaped, wrongly stored and unexpected tensor of
+        all components; an unexpected one is allowed if `extra_ok(component, name)`.
         """
+        from lowvram_i2v.kernels.scheme import is_marker
+
+        def allowed(component: str, name: str) -> bool:
+            return is_marker(name) or extra_ok(component, name)
+
         faults = [
             f"{component_file(component)}: {line}"
             for component, shapes in expected.items()
-            for line in mismatches(self.shapes(component), shapes, partial(extra_ok, component))
+            for line in self._faults(component, shapes, partial(allowed, component))
         ]
         raise_listed(f"{self.path} does not hold the tensors of this model", faults, "Convert the weights again.")
+
+    def _faults(
+        self, component: str, expected: dict[str, tuple[int, ...]], extra_ok: Callable[[str], bool]
+    ) -> list[str]:
+        """`mismatches`, and a line for each tensor that is neither of floats nor a quantized layer's weight."""
+        entries = self.files[component].entries
+        faults = mismatches(self.shapes(component), expected, extra_ok)
+        for name in expected:
+            if name not in entries or entries[name].dtype in FLOATS:
+                continue
+            layer, _, suffix = name.rpartition(".")
+            scheme = self.scheme_of(component, layer) if suffix == "weight" else None
+            if scheme is None or not {f"{layer}.{part}" for part in scheme.parts(1, 1)} <= expected.keys():
+                faults.append(f"stored as {entries[name].dtype}: {name}")
+        return faults
 
     @contextmanager
     def load(
@@ -235,35 +295,44 @@ class ModelFolder:
         device: torch.device,
         dtype: torch.dtype | None,
         file_name: Callable[[str], str] = lambda name: name,
+        only: Callable[[str], bool] = lambda name: True,
     ) -> Iterator[M]:
-        """`build()` with its weights from the component's file, in evaluation mode, while a `with` lasts.
+        """The module of `self.build` with its weights from the component's file, in evaluation mode, while a `with`
+        lasts.
 
-        build runs under `torch.device("meta")`, so nothing is allocated twice; a module whose buffers are
-        computed when it is built opens `torch.device("cpu")` around them. Tensors are read one at a time.
-        dtype: what floating-point weights become, None for as stored. file_name: from a tensor's name in the
-        module to that in the file. Tensors that only the file has are not read. At exit the weights are gone,
-        also for those who kept the module. Raises CheckpointError if the module needs other tensors.
+        Tensors are read one at a time. dtype: what floating-point weights become, None for as stored; quantized ones
+        stay as they are, with their scales. Tensors that only the file has are not read; tensors of the module for
+        whose names `only` says no are not read either and stay on the meta device. At exit the weights are gone, also
+        for those who kept the module. Raises CheckpointError if the module needs other tensors.
         """
-        import torch
+        from lowvram_i2v.kernels.quant_linear import quantized_parts
 
-        with torch.device("meta"):
-            module = build()
-        faults = mismatches(
-            self.shapes(component),
-            {file_name(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()},
-            extra_ok=lambda name: True,
-        )
-        raise_listed(f"{self.files[component].path} does not fit the model", faults, "Convert the weights again.")
+        module, file = self.build(component, build, file_name), self.files[component]
+        expected = {file_name(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        faults = self._faults(component, expected, extra_ok=lambda name: True)
+        raise_listed(f"{file.path} does not fit the model", faults, "Convert the weights again.")
+        fixed = quantized_parts(module)
         weights = {
-            name: _place(self.files[component].read(file_name(name)), device, dtype) for name in module.state_dict()
+            name: _place(file.read(file_name(name)), device, fixed.get(name, dtype))
+            for name in module.state_dict()
+            if only(name)
         }
-        module.load_state_dict(weights, assign=True)
+        module.load_state_dict(weights, assign=True, strict=False)
         del weights
-        module.to(device).eval().requires_grad_(False)  # what is left to move: buffers outside the state dict
+        _move_buffers(module, device)
+        module.eval().requires_grad_(False)
         try:
             yield module
         finally:
             module.to("meta")
+
+
+def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    """Buffers outside the state dict, computed when the module was built, follow the weights."""
+    for owner in module.modules():
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                setattr(owner, name, buffer.to(device))
 
 
 def _place(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:

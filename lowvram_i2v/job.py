@@ -5,6 +5,7 @@ Invariant: `prepare` reads headers, the picture and the tokenizers, and writes n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,11 @@ class Job:
         """(width, height) of the video in pixels."""
         assert self.request.size is not None
         return self.request.size
+
+    @property
+    def flow_shift(self) -> float:
+        assert self.request.flow_shift is not None
+        return self.request.flow_shift
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -128,7 +134,7 @@ def _guidance_scale(request: GenerateRequest, model: ModelFolder) -> float | Non
 
 def _check_tensors(model: ModelFolder) -> None:
     """All components' tensor names and shapes against what their modules would load."""
-    import torch
+    from torch.nn import Module
 
     from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
     from lowvram_i2v.text.clip import build_clip, clip_tensor_name
@@ -137,16 +143,23 @@ def _check_tensors(model: ModelFolder) -> None:
     from lowvram_i2v.vae.encoder import VaeEncoder
 
     header = model.header
-    with torch.device("meta"):
-        transformer = HunyuanVideoTransformer(header.transformer).state_dict()
-        vae = VaeEncoder(header.vae).state_dict() | VaeDecoder(header.vae).state_dict()
-    llava = {llava_tensor_name(k): v for k, v in build_llava(header.text_encoder).state_dict().items()}
-    clip = {clip_tensor_name(k): v for k, v in build_clip(header.text_encoder_2).state_dict().items()}
-    components = {"transformer": transformer, "text_encoder": llava, "text_encoder_2": clip, "vae": vae}
-    model.check(
-        {name: {key: tuple(value.shape) for key, value in state.items()} for name, state in components.items()},
-        extra_ok=lambda component, name: component == "text_encoder",  # layers that are stored but never run
+
+    def same(name: str) -> str:
+        return name
+
+    modules: tuple[tuple[str, Callable[[], Module], Callable[[str], str]], ...] = (
+        ("transformer", lambda: HunyuanVideoTransformer(header.transformer), same),
+        ("text_encoder", lambda: build_llava(header.text_encoder), llava_tensor_name),
+        ("text_encoder_2", lambda: build_clip(header.text_encoder_2), clip_tensor_name),
+        ("vae", lambda: VaeEncoder(header.vae), same),
+        ("vae", lambda: VaeDecoder(header.vae), same),
     )
+    expected: dict[str, dict[str, tuple[int, ...]]] = {}
+    for component, build, file_name in modules:
+        state = model.build(component, build, file_name).state_dict()
+        expected.setdefault(component, {}).update({file_name(key): tuple(value.shape) for key, value in state.items()})
+    # layers of the text encoder that are stored but never run are no fault
+    model.check(expected, extra_ok=lambda component, name: component == "text_encoder")
 
 
 def _check_prompts(job: Job) -> None:

@@ -1,4 +1,4 @@
-"""The story of the project: a picture and a prompt become a video, in five phases.
+"""The story of the project: a picture and a prompt become a video, phase by phase.
 
 Each phase loads one component, uses it and frees it; between phases only small tensors stay, on the CPU. Read
 `generate`; each phase is the function of the same order below it.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowvram_i2v.device import compute_dtype, describe, phase
+from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning
 from lowvram_i2v.dit.rope import rope_table, token_grid
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.events import Listener, PhaseAdvanced
@@ -23,7 +24,7 @@ from lowvram_i2v.profile import VramProfile
 from lowvram_i2v.request import GenerateRequest
 from lowvram_i2v.sampling.conditioning import condition, draw_noise, start_latents
 from lowvram_i2v.sampling.denoise import GuidedVelocity, denoise
-from lowvram_i2v.sampling.schedule import flow_sigmas
+from lowvram_i2v.sampling.schedule import flow_sigmas, timesteps_of
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name
 from lowvram_i2v.text.embeds import PromptEmbeds
 from lowvram_i2v.text.encode import black_image, pooled_vector, prompt_rows
@@ -45,11 +46,13 @@ def generate(
     job = prepare(request, folder, profile, device, listen)
     prompts = encode_prompts(job)
     image_latent = encode_image(job)
-    latents = sample(job, prompts, image_latent, draw_noise(job.latent_shape, job.request.seed))
+    steps = condition_steps(job, prompts)
+    latents = sample(job, steps, image_latent, draw_noise(job.latent_shape, job.request.seed))
     return write(job, decode(job, latents))
 
 
 Prompts = tuple[PromptEmbeds, PromptEmbeds | None]
+Steps = tuple[list[StepConditioning], list[StepConditioning] | None]
 
 
 def encode_prompts(job: Job) -> Prompts:
@@ -105,11 +108,40 @@ def encode_image(job: Job) -> Tensor:
 
 
 @torch.inference_mode()
-def sample(job: Job, prompts: Prompts, image_latent: Tensor, noise: Tensor) -> Tensor:
+def condition_steps(job: Job, prompts: Prompts) -> Steps:
+    """What time and prompt decide in every step, for the prompt and the negative prompt. On the CPU."""
+    request, device, config = job.request, job.device, job.model.header.transformer
+    timesteps = timesteps_of(flow_sigmas(request.steps, job.flow_shift)).to(device)
+    guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
+    with (
+        phase("conditioning", device, job.listen),
+        job.model.load(
+            "transformer",
+            lambda: HunyuanVideoTransformer(config, job.attend),
+            device=device,
+            dtype=compute_dtype(device, torch.bfloat16),
+            only=is_conditioning,
+        ) as transformer,
+    ):
+        steps = [
+            embeds
+            and [
+                step.to(torch.device("cpu"))
+                for step in transformer.condition(
+                    timesteps, embeds.prompt_embeds.to(device), embeds.pooled_prompt_embeds.to(device), guidance
+                )
+            ]
+            for embeds in prompts
+        ]
+    assert steps[0] is not None
+    return steps[0], steps[1]
+
+
+@torch.inference_mode()
+def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tensor:
     """Noise [16, T, H, W] -> latents of the same shape, float32, on the CPU."""
     request, header, device = job.request, job.model.header, job.device
     config, (width, height) = header.transformer, job.size
-    sigmas = flow_sigmas(request.steps, request.flow_shift or 0.0)
     cos, sin = rope_table(
         token_grid(request.frames, height, width), config.rope_dims, config.rope_theta, request.frames
     )
@@ -120,24 +152,17 @@ def sample(job: Job, prompts: Prompts, image_latent: Tensor, noise: Tensor) -> T
             lambda: HunyuanVideoTransformer(config, job.attend),
             device=device,
             dtype=compute_dtype(device, torch.bfloat16),
+            only=lambda name: not is_conditioning(name),
         ) as transformer,
     ):
-        positive, negative = (embeds and _on(embeds, device) for embeds in prompts)
-        assert positive is not None
-        velocity = GuidedVelocity(
-            transformer,
-            positive,
-            negative,
-            request.cfg,
-            None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device),
-            (cos.to(device), sin.to(device)),
-        )
-        start = start_latents(noise, image_latent, request.stability).to(device)
-        conditioning = condition(header.variant, image_latent.to(device))
-        latents = denoise(
-            velocity, conditioning, start, sigmas, lambda step, _: job.listen(PhaseAdvanced("denoise", step))
-        )
-        return latents.cpu()
+        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)))
+        return denoise(
+            velocity,
+            condition(header.variant, image_latent.to(device)),
+            start_latents(noise, image_latent, request.stability).to(device),
+            flow_sigmas(request.steps, job.flow_shift),
+            lambda step, _: job.listen(PhaseAdvanced("denoise", step)),
+        ).cpu()
 
 
 def decode(job: Job, latents: Tensor) -> Iterator[Tensor]:
@@ -179,7 +204,3 @@ def write(job: Job, pieces: Iterator[Tensor]) -> Path:
     frames = (frame for piece in pieces for frame in to_uint8(np.ascontiguousarray(piece.permute(1, 2, 3, 0).numpy())))
     write_video(frames, job.request.output, job.request.fps, job.request.to_settings(**about))
     return job.request.output
-
-
-def _on(embeds: PromptEmbeds, device: torch.device) -> PromptEmbeds:
-    return PromptEmbeds(embeds.prompt_embeds.to(device), embeds.pooled_prompt_embeds.to(device))

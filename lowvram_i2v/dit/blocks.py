@@ -1,19 +1,18 @@
 """The two kinds of block. Image tokens come first, text tokens after them; there is no batch axis and no mask.
 
-A block gets its modulation from outside (`Modulation` values), so that the vectors of all steps can be computed before
-the loop; `DoubleBlock.modulation` and `SingleBlock.modulation` hold the weights that make them. The image-to-video rule
-"the first frame's tokens use the second vector" lives in the ops (`first_tokens`), not here.
+A block gets its modulation from outside: the layers that make it (`img_mod`, `txt_mod`, `modulation`) bear the block's
+name, but they run before the loop (`dit/conditioning.py`). The image-to-video rule "the first frame's tokens use the
+second vector" lives in the ops (`first_tokens`), not here.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowvram_i2v.attention import AttentionBackend
+from lowvram_i2v.dit.conditioning import IMG_PARTS, SINGLE_PARTS, TXT_PARTS, StreamModulation
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.embedders import Mlp
 from lowvram_i2v.kernels.modulate import gated_residual, layer_norm_modulate
@@ -42,18 +41,6 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
 
-@dataclass(frozen=True)
-class StreamModulation:
-    """shift, scale, gate before attention, then before the MLP; each [1 or 2, hidden]."""
-
-    shift1: Tensor
-    scale1: Tensor
-    gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
-    gate2: Tensor
-
-
 class DoubleBlock(nn.Module):
     """Image and text have their own weights and meet in one attention."""
 
@@ -61,22 +48,18 @@ class DoubleBlock(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         self.heads = config.heads
-        self.img_mod = Modulation(hidden, 6)
+        self.img_mod = Modulation(hidden, IMG_PARTS)
         self.img_attn_qkv = nn.Linear(hidden, 3 * hidden)
         self.img_attn_q_norm = HeadNorm(dim)
         self.img_attn_k_norm = HeadNorm(dim)
         self.img_attn_proj = nn.Linear(hidden, hidden)
         self.img_mlp = Mlp(hidden, config.mlp_hidden, nn.GELU(approximate="tanh"))
-        self.txt_mod = Modulation(hidden, 6)
+        self.txt_mod = Modulation(hidden, TXT_PARTS)
         self.txt_attn_qkv = nn.Linear(hidden, 3 * hidden)
         self.txt_attn_q_norm = HeadNorm(dim)
         self.txt_attn_k_norm = HeadNorm(dim)
         self.txt_attn_proj = nn.Linear(hidden, hidden)
         self.txt_mlp = Mlp(hidden, config.mlp_hidden, nn.GELU(approximate="tanh"))
-
-    def modulation(self, vectors: Tensor) -> tuple[StreamModulation, StreamModulation]:
-        """vectors [1 or 2, hidden] -> the image's modulation and the text's, which always uses the first vector."""
-        return StreamModulation(*self.img_mod(vectors)), StreamModulation(*self.txt_mod(vectors[:1]))
 
     def forward(
         self,
@@ -119,7 +102,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.heads, self.hidden = config.heads, hidden
-        self.modulation = Modulation(hidden, 3)
+        self.modulation = Modulation(hidden, SINGLE_PARTS)
         self.linear1 = nn.Linear(hidden, 3 * hidden + config.mlp_hidden)
         self.q_norm = HeadNorm(config.head_dim)
         self.k_norm = HeadNorm(config.head_dim)

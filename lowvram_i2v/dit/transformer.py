@@ -1,4 +1,4 @@
-"""The HunyuanVideo-I2V diffusion transformer, in plain torch: read `forward` from top to bottom.
+"""The HunyuanVideo-I2V diffusion transformer, in plain torch: read `condition`, then `predict`, from top to bottom.
 
 Invariants: tensor names are those of the released checkpoint (856 for token_replace, 852 for latent_concat without a
 guidance embedder); one sample, no padding, so no mask anywhere; nothing is changed in place, so that training can use
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowvram_i2v.attention import AttentionBackend
 from lowvram_i2v.attention.sdpa import attend as sdpa
 from lowvram_i2v.dit.blocks import DoubleBlock, Rope, SingleBlock
+from lowvram_i2v.dit.conditioning import StepConditioning, pack
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.embedders import PatchEmbedder, PooledEmbedder, ScalarEmbedder, TokenRefiner
 from lowvram_i2v.kernels.modulate import layer_norm_modulate
@@ -48,37 +49,68 @@ class HunyuanVideoTransformer(nn.Module):
         guidance_scale: Tensor | None,
         rope: Rope,
     ) -> Tensor:
+        """One step by itself: `condition`, then `predict`. timestep: [1], on the scale 0..1000."""
+        (step,) = self.condition(timestep, prompt_embeds, pooled_prompt_embeds, guidance_scale)
+        return self.predict(latents, step, rope)
+
+    def condition(
+        self,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        guidance_scale: Tensor | None,
+    ) -> list[StepConditioning]:
+        """All that time and prompt decide, for each of the timesteps [steps] on the scale 0..1000.
+
+        prompt_embeds: [text tokens, text_dim]. pooled_prompt_embeds: [pooled_dim]. guidance_scale: [1] as the user
+        means it (6.0), None if the weights have no guidance embedder.
+        """
+        dtype = self.final_layer.adaLN_modulation[1].bias.dtype
+        prompt_embeds, pooled = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)[None]
+        steps, vectors = len(timesteps), self.vectors(timesteps, pooled, guidance_scale)
+        tables = []
+        for block in self.double_blocks:
+            tables += [pack(block.img_mod(vectors), steps), pack(block.txt_mod(vectors[:steps]), steps)]
+        tables += [pack(block.modulation(vectors), steps) for block in self.single_blocks]
+        tables.append(pack(self.final_layer.modulation(vectors[:steps]), steps))
+        modulation = torch.cat(tables, dim=1)
+        return [
+            StepConditioning(
+                txt=self.txt_in(prompt_embeds, timesteps[i : i + 1], self.attend),
+                modulation=modulation[i],
+                vectors=2 if self.config.replaces_first_frame else 1,
+                double_blocks=len(self.double_blocks),
+                single_blocks=len(self.single_blocks),
+            )
+            for i in range(steps)
+        ]
+
+    def vectors(self, timesteps: Tensor, pooled: Tensor, guidance_scale: Tensor | None) -> Tensor:
+        """What modulates the blocks: [steps, hidden] for all tokens. Where the image latent replaces the first frame,
+        one more row serves that frame's tokens in every step: time 0, and no guidance."""
+        prompt = self.vector_in(pooled)
+        vectors = self.time_in(timesteps) + prompt
+        if guidance_scale is not None:
+            vectors = vectors + self.guidance_in(guidance_scale * 1000)
+        if not self.config.replaces_first_frame:
+            return vectors  # type: ignore[no-any-return]
+        return torch.cat([vectors, self.time_in(torch.zeros_like(timesteps[:1])) + prompt])
+
+    def predict(self, latents: Tensor, step: StepConditioning, rope: Rope) -> Tensor:
         """latents [in_channels, T, H, W] -> velocity [out_channels, T, H, W], float32.
 
-        timestep: [1], on the scale 0..1000. prompt_embeds: [text tokens, text_dim]. pooled_prompt_embeds: [pooled_dim].
-        guidance_scale: [1] as the user means it (6.0), None if the weights have no guidance embedder.
         rope: `rope_table` of the token grid T x H/2 x W/2.
         """
-        dtype = self.img_in.proj.weight.dtype
-        prompt_embeds, pooled = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)[None]
         grid = [size // patch for size, patch in zip(latents.shape[1:], self.config.patch_size, strict=True)]
-        vectors = self.vectors(timestep, pooled, guidance_scale)
-        first_tokens = grid[1] * grid[2] if len(vectors) == 2 else 0
+        first_tokens = grid[1] * grid[2] if step.vectors == 2 else 0
 
-        img = self.img_in(latents.to(dtype))
-        txt = self.txt_in(prompt_embeds, timestep, self.attend)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, block.modulation(vectors), first_tokens, rope, self.attend)  # type: ignore[operator]
+        img, txt = self.img_in(latents.to(self.img_in.proj.weight.dtype)), step.txt
+        for block, modulations in zip(self.double_blocks, step.double(), strict=True):
+            img, txt = block(img, txt, modulations, first_tokens, rope, self.attend)
         x = torch.cat([img, txt])
-        for block in self.single_blocks:
-            x = block(x, block.modulation(vectors), first_tokens, rope, self.attend)  # type: ignore[operator]
-        return self.unpatchify(self.final_layer(x[: len(img)], vectors[:1]), grid)
-
-    def vectors(self, timestep: Tensor, pooled: Tensor, guidance_scale: Tensor | None) -> Tensor:
-        """What modulates the blocks: [1 or 2, hidden]. Row 0 serves all tokens; row 1, where the image latent replaces
-        the first frame, serves that frame's tokens: time 0, and no guidance."""
-        prompt = self.vector_in(pooled)
-        vector = self.time_in(timestep) + prompt
-        if guidance_scale is not None:
-            vector = vector + self.guidance_in(guidance_scale * 1000)
-        if not self.config.replaces_first_frame:
-            return vector  # type: ignore[no-any-return]
-        return torch.cat([vector, self.time_in(torch.zeros_like(timestep)) + prompt])
+        for block, modulation in zip(self.single_blocks, step.single(), strict=True):
+            x = block(x, modulation, first_tokens, rope, self.attend)
+        return self.unpatchify(self.final_layer(x[: len(img)], step.final()), grid)
 
     def unpatchify(self, tokens: Tensor, grid: list[int]) -> Tensor:
         """[tokens, channels * patch] -> [channels, T, H, W], float32."""
@@ -97,6 +129,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.out_channels * t * h * w)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
 
-    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vectors).chunk(2, dim=-1)
+    def modulation(self, vectors: Tensor) -> tuple[Tensor, ...]:
+        """vectors [n, hidden] -> shift and scale, each [n, hidden]."""
+        return self.adaLN_modulation(vectors).chunk(2, dim=-1)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        shift, scale = modulation
         return self.linear(layer_norm_modulate(x, shift, scale))  # type: ignore[no-any-return]

@@ -14,39 +14,36 @@ import torch
 from torch import Tensor
 
 from lowvram_i2v.dit.blocks import Rope
+from lowvram_i2v.dit.conditioning import StepConditioning
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.sampling.conditioning import Conditioning
-from lowvram_i2v.sampling.schedule import TIMESTEPS
-from lowvram_i2v.text.embeds import PromptEmbeds
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class GuidedVelocity:
     """The velocity that a step follows: the model's, or u + cfg * (c - u) where there is a negative prompt.
 
-    guidance_scale is the embedded guidance ([1] tensor), None for weights without its embedder.
+    positive, negative: what the transformer's `condition` gave for each step.
     """
 
     transformer: HunyuanVideoTransformer
-    positive: PromptEmbeds
-    negative: PromptEmbeds | None
+    positive: list[StepConditioning]
+    negative: list[StepConditioning] | None
     cfg: float
-    guidance_scale: Tensor | None
     rope: Rope
 
-    def __call__(self, model_input: Tensor, timestep: Tensor) -> Tensor:
-        """model_input [in_channels, T, H, W], timestep [1] on 0..1000 -> velocity [16, T, H, W], float32."""
-        conditional = self._predict(model_input, timestep, self.positive)
+    def __call__(self, model_input: Tensor, step: int) -> Tensor:
+        """model_input [in_channels, T, H, W], step counted from 0 -> velocity [16, T, H, W], float32."""
+        conditional = self._predict(model_input, self.positive[step])
         if self.negative is None:
             return conditional
-        unconditional = self._predict(model_input, timestep, self.negative)
+        unconditional = self._predict(model_input, self.negative[step])
         return unconditional + self.cfg * (conditional - unconditional)
 
-    def _predict(self, model_input: Tensor, timestep: Tensor, prompt: PromptEmbeds) -> Tensor:
-        embeds, pooled = prompt.prompt_embeds, prompt.pooled_prompt_embeds
-        return self.transformer(model_input, timestep, embeds, pooled, self.guidance_scale, self.rope)  # type: ignore[no-any-return]
+    def _predict(self, model_input: Tensor, step: StepConditioning) -> Tensor:
+        return self.transformer.predict(model_input, step.to(model_input.device), self.rope)
 
 
 @torch.inference_mode()
@@ -63,9 +60,8 @@ def denoise(
     numbers from 1. Returns the final latents.
     """
     latents = conditioning.enter(latents)
-    for i, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
-        timestep = (sigma * TIMESTEPS).reshape(1).to(latents.device)
-        v = velocity(conditioning.model_input(latents), timestep)
-        latents = conditioning.enter(latents + v * float(next_sigma - sigma))
-        on_step(i + 1, latents)
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        v = velocity(conditioning.model_input(latents), step)
+        latents = conditioning.enter(latents + v * (next_sigma - sigma))
+        on_step(step + 1, latents)
     return latents

@@ -15,3 +15,8 @@ def flow_sigmas(steps: int, shift: float) -> Tensor:
     """
     u = torch.linspace(1, 0, steps + 1)
     return shift * u / (1 + (shift - 1) * u)
+
+
+def timesteps_of(sigmas: Tensor) -> Tensor:
+    """The model's timestep of each step, float32 [steps]: 1000 times the noise level that the step starts from."""
+    return sigmas[:-1] * TIMESTEPS

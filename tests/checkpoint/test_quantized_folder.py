@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import Made, rewrite
+from tiny_models import rewrite
 from torch import Tensor, nn
 
 from goldens import relative_l2
@@ -25,7 +25,7 @@ from lowvram_i2v.kernels.scheme import SCHEMES, is_marker
 from lowvram_i2v.profile import load_profile
 from lowvram_i2v.request import GenerateRequest
 from lowvram_i2v.safetensors_file import TORCH_DTYPES
-from lowvram_i2v.sample_photo import draw_photo
+from lowvram_i2v.sample_photo import draw_sample_photo
 from lowvram_i2v.sampling.conditioning import draw_noise
 from lowvram_i2v.text.llava import build_llava, llava_tensor_name
 
@@ -72,7 +72,7 @@ def transformer(opened: ModelFolder) -> HunyuanVideoTransformer:
 
 
 def request(folder: Path) -> GenerateRequest:
-    draw_photo(folder / "photo.png")
+    draw_sample_photo(96, 64).save(folder / "photo.png")
     return GenerateRequest(folder / "photo.png", "a boat", folder / "out.mp4", size=(64, 48), frames=5, steps=2)
 
 

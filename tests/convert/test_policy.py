@@ -274,6 +274,16 @@ def test_damaged_weights_are_refused_by_name(scheme: str) -> None:
         [job.produce() for job in layout("transformer", scheme, tensors).jobs]
 
 
+@pytest.mark.parametrize("suffix", ["weight", "scale_weight"])
+def test_damaged_parts_are_not_copied(suffix: str) -> None:
+    parts = SCHEMES["fp8"].quantize(torch.randn(8, 64))
+    parts[suffix].reshape(-1)[-1:] = float("nan")
+    held = {key: LazyTensor(tuple(part.shape), part.dtype, lambda part=part: part) for key, part in parts.items()}
+    tensors = {"double_blocks.0.a.weight": LazyTensor((8, 64), torch.float32, unread, held, "fp8")}
+    with pytest.raises(CheckpointError, match=rf"double_blocks\.0\.a\.{suffix} has values"):
+        [job.produce() for job in layout("transformer", "fp8", tensors).jobs]
+
+
 def test_values_beyond_float16_are_refused_by_name() -> None:
     tensors = random({"model.layers.0.input_layernorm.weight": (4,)})
     tensors["model.layers.0.input_layernorm.weight"].read()[2] = 1e5

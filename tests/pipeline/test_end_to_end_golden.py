@@ -19,7 +19,7 @@ from lowvram_i2v.job import Job, prepare
 from lowvram_i2v.profile import load_profile
 from lowvram_i2v.request import GenerateRequest, nearest_bucket
 from lowvram_i2v.sampling.conditioning import draw_noise
-from lowvram_i2v.sampling.schedule import TIMESTEPS, flow_sigmas
+from lowvram_i2v.sampling.schedule import flow_sigmas, timesteps_of
 
 ModelOf = Callable[[dict[str, Any]], Path]
 RUNS = [name for name in names("H") if "in.img_latents" in golden(name)]
@@ -49,7 +49,7 @@ def run(job: Job, case: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Te
     """The phases of `pipeline.generate` on the golden's noise, and what passes between them."""
     seen: dict[str, Tensor] = {}
     calls: list[tuple[Tensor, Tensor]] = []
-    predict = pipeline.HunyuanVideoTransformer.forward
+    predict = pipeline.HunyuanVideoTransformer.predict
 
     def recording(self: torch.nn.Module, latents: Tensor, *rest: Any) -> Tensor:
         out = predict(self, latents, *rest)
@@ -64,12 +64,12 @@ def run(job: Job, case: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Te
         return denoise(velocity, conditioning, start, sigmas, keep)
 
     denoise = pipeline.denoise
-    monkeypatch.setattr(pipeline.HunyuanVideoTransformer, "forward", recording)
+    monkeypatch.setattr(pipeline.HunyuanVideoTransformer, "predict", recording)
     monkeypatch.setattr(pipeline, "denoise", stepping)
     prompts = pipeline.encode_prompts(job)
     image_latent = pipeline.encode_image(job)
     seen["in.img_latents"] = image_latent[None]
-    latents = pipeline.sample(job, prompts, image_latent, case["in.noise"][0])
+    latents = pipeline.sample(job, pipeline.condition_steps(job, prompts), image_latent, case["in.noise"][0])
     seen["out.frames"] = torch.cat(list(pipeline.decode(job, latents)), dim=1)[None]
     first = calls[:1] if prompts[1] is None else [calls[1], calls[0]]  # the reference puts the unconditional half first
     seen["step0.model_input"] = torch.stack([latents for latents, _ in first])
@@ -83,8 +83,8 @@ def run(job: Job, case: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Te
     seen["text.states"] = torch.stack(
         [torch.cat([e.prompt_embeds, torch.zeros(rows - len(e.prompt_embeds), width)]) for e in ordered]
     )
-    seen["sigmas"] = flow_sigmas(job.request.steps, job.request.flow_shift or 0)
-    seen["timesteps"] = seen["sigmas"][:-1] * TIMESTEPS
+    seen["sigmas"] = flow_sigmas(job.request.steps, job.flow_shift)
+    seen["timesteps"] = timesteps_of(seen["sigmas"])
     return seen
 
 
@@ -139,7 +139,8 @@ def test_whole_call_equals_the_reference(
     image_latent = pipeline.encode_image(job)
     scale = job.model.header.vae.scaling_factor
     assert relative_l2(image_latent[None] / scale, case["mid.image_latent_mean"]) < 1e-5
-    latents = pipeline.sample(job, pipeline.encode_prompts(job), image_latent, noise)
+    steps = pipeline.condition_steps(job, pipeline.encode_prompts(job))
+    latents = pipeline.sample(job, steps, image_latent, noise)
     assert relative_l2(latents[None] / scale, case["mid.latent_fed_to_decode"]) < 1e-4
     frames = torch.cat(list(pipeline.decode(job, latents)), dim=1)[None]
     assert relative_l2(frames, case["out.frames"]) < 1e-3

@@ -33,7 +33,7 @@ ALLOWED = {
     "dit": {"dit", "attention", "kernels", "safetensors_file", "errors"},
     "vae": {"vae", "kernels", "attention", "errors"},
     "text": {"text", "errors"},
-    "sampling": {"sampling", "dit", "text", "variant", "errors"},
+    "sampling": {"sampling", "dit", "variant", "errors"},
     "safetensors_file": {"errors"},
     "checkpoint": {"safetensors_file", "kernels", "variant", "errors", *CONFIGS},
     "convert": {
