@@ -1,186 +1,175 @@
 """The order of events of a conversion: look at everything, refuse what cannot work, then write.
 
 Invariants: nothing is written before every component asked for was found, understood and compared with the
-model, and the disk is known to suffice; `model.json` names a component only while its file is complete.
+model, and the disk is known to suffice; `model.json` names a component only while its file is complete; one process at
+a time writes into a folder.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+
+import torch
 
 from lowvram_i2v.checkpoint import (
-    COMPONENTS,
     FORMAT_VERSION,
     TOKENIZERS,
     ComponentRecord,
     ModelRecords,
     component_file,
-    mismatches,
-    raise_listed,
     read_records,
 )
-from lowvram_i2v.convert.infer import infer_transformer, infer_variant
-from lowvram_i2v.convert.policy import DTYPES, READABLE, stored
-from lowvram_i2v.convert.shapes import Shapes, clip_shapes, llava_shapes, transformer_shapes, vae_shapes
-from lowvram_i2v.convert.sources import ComponentSource, LazyTensor, open_source
+from lowvram_i2v.convert.origin import Component, Origin, understand
+from lowvram_i2v.convert.policy import SCHEME_NAMES, Layout, check_keep, component_scheme, layout, quantizable
 from lowvram_i2v.convert.writer import (
+    CPU,
+    Written,
     header_bytes,
+    only_writer,
     replacing,
     require_space,
     require_writable,
-    write_safetensors,
+    write_layout,
 )
 from lowvram_i2v.errors import RequestError
-from lowvram_i2v.events import Listener, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
-from lowvram_i2v.vae.config import VaeConfig
-from lowvram_i2v.variant import VARIANTS
+from lowvram_i2v.events import Listener, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
+from lowvram_i2v.kernels.scheme import SCHEMES
+
+DEFAULT_SCHEME = "int8"
+OUT_OF_LINE = 1.5  # times the median error of the component's layers
 
 
 @dataclass(frozen=True)
 class Planned:
     """One component, ready to be written."""
 
-    component: str
-    source: ComponentSource
-    tensors: dict[str, LazyTensor]
-    config: dict[str, Any]
-    variant: str | None
+    component: Component
     scheme: str
+    layout: Layout
 
     @property
     def metadata(self) -> dict[str, str]:
-        facts = {"format_version": FORMAT_VERSION, "component": self.component, "scheme": self.scheme}
-        return {"format": "pt", "lowvram_i2v": json.dumps(facts | {"variant": self.variant})}
+        facts = {"format_version": FORMAT_VERSION, "component": self.component.name, "scheme": self.scheme}
+        return {"format": "pt", "lowvram_i2v": json.dumps(facts | {"variant": self.component.variant})}
 
     @property
     def data_bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self.tensors.values())
+        return sum(tensor.bytes for tensor in self.layout.tensors)
 
     @property
     def file_bytes(self) -> int:
-        return len(header_bytes(self.tensors, self.metadata)) + self.data_bytes
+        header = header_bytes({tensor.name: tensor for tensor in self.layout.tensors}, self.metadata)
+        return len(header) + self.data_bytes
 
 
 def convert(
-    source: Path,
+    source: Path | Origin,
     destination: Path,
-    scheme: str = "bf16",
-    components: Iterable[str] = COMPONENTS,
+    scheme: str = DEFAULT_SCHEME,
+    components: Iterable[str] | None = None,
     variant: str | None = None,
     listen: Listener = ignore,
+    text_scheme: str | None = None,
+    keep: Iterable[str] = (),
+    device: torch.device = CPU,
 ) -> None:
-    """Reads downloaded weights in `source` and writes, or completes, the model folder `destination`.
+    """Reads downloaded weights and writes, or completes, the model folder `destination`.
 
-    scheme: a row of `policy.DTYPES`. components: those to convert, the others of `destination` stay.
-    variant: needed only where the weights leave it open. Raises RequestError, CheckpointError or
-    ResourceError before writing.
+    scheme, text_scheme: of SCHEME_NAMES, for the transformer and for the text encoder (`policy.component_scheme`).
+    components: those to convert, None for all that the source is to hold; the others of `destination` stay. variant:
+    needed only where the weights leave it open. keep: fnmatch patterns of layers that are not quantized. device: where
+    weights are quantized. Raises RequestError, CheckpointError or ResourceError before writing.
     """
-    components = tuple(components)
-    _check_request(source, destination, scheme, components, variant)
-    sources = open_source(source, components)
-    planned = [_plan(component, sources[component], scheme, variant) for component in components]
-    _check_tensors(planned)
-    require_space(destination, sum(plan.file_bytes for plan in planned))
-    destination.mkdir(parents=True, exist_ok=True)
-    for plan in planned:
-        _write(plan, destination, listen)
-
-
-def _check_request(
-    source: Path, destination: Path, scheme: str, components: tuple[str, ...], variant: str | None
-) -> None:
-    if scheme not in DTYPES:
-        raise RequestError(f"there is no scheme {scheme!r}", f"Choose one of {', '.join(DTYPES)}.")
-    if not components or not set(components) <= set(COMPONENTS):
-        raise RequestError(f"components {list(components)} are not known", f"Choose from {', '.join(COMPONENTS)}.")
-    if variant is not None and variant not in VARIANTS:
-        raise RequestError(f"there is no variant {variant!r}", f"Choose one of {', '.join(VARIANTS)}.")
-    if source.resolve() == destination.resolve():
-        raise RequestError(f"source and destination are the same folder, {source}", "Choose another destination.")
-    require_writable(destination)
+    origin = Origin(source) if isinstance(source, Path) else source
+    for name in (scheme, text_scheme or scheme):
+        if name not in SCHEME_NAMES:
+            raise RequestError(f"there is no scheme {name!r}", f"Choose one of {', '.join(SCHEME_NAMES)}.")
+    require_destination(origin, destination)
     read_records(destination)
+    understood = understand(origin, components, variant)
+    planned = _plan(understood, scheme, text_scheme, tuple(keep))
+    require_space(destination, sum(plan.file_bytes for plan in planned))
+    for text in (text for one in understood for text in one.source.notices):
+        listen(Notice(text))
+    with only_writer(destination):
+        for plan in planned:
+            _write(plan, destination, device, listen)
 
 
-def _plan(component: str, source: ComponentSource, scheme: str, variant: str | None) -> Planned:
-    """What the component is and how it will be stored."""
-    config = source.config
-    if component == "transformer":
-        transformer = infer_transformer({name: tensor.shape for name, tensor in source.tensors.items()})
-        variant = infer_variant(transformer, variant, source.path)
-        config = transformer.to_dict()
-    elif component == "vae":
-        config = VaeConfig.from_official(config).to_dict()
-    return Planned(
-        component=component,
-        source=source,
-        tensors=stored(component, scheme, source.tensors),
-        config=config,
-        variant=variant if component == "transformer" else None,
-        scheme=scheme,
-    )
+def require_destination(origin: Origin, destination: Path) -> None:
+    if origin.path is not None and origin.path.resolve() == destination.resolve():
+        raise RequestError(f"source and destination are the same folder, {destination}", "Choose another destination.")
+    require_writable(destination)
 
 
-def _expected(plan: Planned) -> Shapes:
-    builders: dict[str, Callable[[], Shapes]] = {
-        "transformer": lambda: transformer_shapes(infer_transformer(_shapes(plan))),
-        "vae": lambda: vae_shapes(VaeConfig.from_dict(plan.config)),
-        "text_encoder": lambda: llava_shapes(plan.config),
-        "text_encoder_2": lambda: clip_shapes(plan.config),
-    }
-    return builders[plan.component]()
+def _plan(understood: list[Component], scheme: str, text_scheme: str | None, keep: tuple[str, ...]) -> list[Planned]:
+    """Raises RequestError for a pattern of `keep` that keeps nothing."""
+    schemes = {one.name: component_scheme(one.name, scheme, text_scheme) for one in understood}
+    layers = [
+        layer for one in understood if schemes[one.name] in SCHEMES for layer in quantizable(one.name, one.shapes)
+    ]
+    check_keep(keep, layers)
+    return [
+        Planned(one, schemes[one.name], layout(one.name, schemes[one.name], one.source.tensors, keep))
+        for one in understood
+    ]
 
 
-def _shapes(plan: Planned) -> Shapes:
-    return {name: tensor.shape for name, tensor in plan.tensors.items()}
-
-
-def _check_tensors(planned: list[Planned]) -> None:
-    """Raises one CheckpointError with every missing, wrong-shaped, unexpected or unreadable tensor of all
-    components."""
-    faults = []
-    for plan in planned:
-        lines = mismatches(_shapes(plan), _expected(plan))
-        lines += [
-            f"stored as {tensor.dtype}: {name}; only float32, float16 and bfloat16 are read"
-            for name, tensor in plan.source.tensors.items()
-            if tensor.dtype not in READABLE
-        ]
-        faults += [f"{plan.source.path.name} ({plan.component}): {line}" for line in lines]
-    raise_listed("the source does not hold the tensors of this model", faults, "Download the weights again.")
-
-
-def _write(plan: Planned, destination: Path, listen: Listener) -> None:
+def _write(plan: Planned, destination: Path, device: torch.device, listen: Listener) -> None:
     """Tokenizer, weights, then the record: a killed conversion leaves the component unnamed in
     `model.json`."""
-    start, phase = time.perf_counter(), f"convert {plan.component}"
+    component, source = plan.component.name, plan.component.source
+    start, phase = time.perf_counter(), f"convert {component}"
     listen(PhaseStarted(phase, plan.data_bytes, "bytes"))
-    if plan.source.tokenizer:
-        folder = destination / TOKENIZERS[plan.component]
+    for file in source.tokenizer:
+        folder = destination / TOKENIZERS[component]
         folder.mkdir(exist_ok=True)
-        for file in plan.source.tokenizer:
-            with replacing(folder / file.name) as part:
-                shutil.copyfile(file, part)
-    path = destination / component_file(plan.component)
+        with replacing(folder / file.name) as part:
+            part.write_bytes(file.read_bytes())
+    path = destination / component_file(component)
     with replacing(path) as part:
-        write_safetensors(part, plan.tensors, plan.metadata, lambda done: listen(PhaseAdvanced(phase, done)))
-        _record(destination, plan, None)
-    facts = {"file": plan.source.path.name, "bytes": plan.source.bytes}
-    _record(destination, plan, ComponentRecord(plan.config, plan.scheme, path.stat().st_size, facts))
+        written = write_layout(
+            part, plan.layout, plan.metadata, device, lambda done: listen(PhaseAdvanced(phase, done))
+        )
+        _record(destination, plan.component, None)
+    facts = {"file": source.path.name, "bytes": source.bytes}
+    record = ComponentRecord(plan.component.config, plan.scheme, path.stat().st_size, facts, written.checksums)
+    _record(destination, plan.component, record)
     listen(PhaseFinished(phase, time.perf_counter() - start, 0, 0))
+    for text in _outliers(component, plan.scheme, written):
+        listen(Notice(text))
 
 
-def _record(destination: Path, plan: Planned, record: ComponentRecord | None) -> None:
+def _record(destination: Path, component: Component, record: ComponentRecord | None) -> None:
     """Replaces, or with None removes, the component's record in `model.json`."""
     records = read_records(destination)
-    components = {name: old for name, old in records.components.items() if name != plan.component}
+    components = {name: old for name, old in records.components.items() if name != component.name}
     if record is not None:
-        components[plan.component] = record
-        records = replace(records, variant=plan.variant or records.variant)
+        components[component.name] = record
+        records = replace(records, variant=component.variant or records.variant)
     with replacing(destination / "model.json") as part:
         part.write_text(ModelRecords(records.variant, components).to_json(), encoding="utf-8")
+
+
+def _outliers(component: str, scheme: str, written: Written) -> Iterator[str]:
+    """What quantization cost, and the layers that it cost much more than others."""
+    if not written.errors:
+        return
+    typical = median(written.errors.values())
+    yield f"{component}: {len(written.errors)} layers as {scheme}, relative error {typical:.2%} (median)"
+    if worst := worst_layers(written.errors, OUT_OF_LINE * typical):
+        shown = ", ".join(f"{layer} {error:.2%}" for layer, error in worst[:3])
+        yield (
+            f"{len(worst)} of them lose more than {OUT_OF_LINE} times that: {shown}; --keep PATTERN leaves such layers "
+            f"unquantized (--keep {worst[0][0]})"
+        )
+
+
+def worst_layers(errors: Mapping[str, float], above: float = 0.0) -> list[tuple[str, float]]:
+    """(layer, error) of those above a threshold, the worst first."""
+    return sorted(((name, error) for name, error in errors.items() if error > above), key=lambda pair: -pair[1])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_i2v import __version__
+from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands
 from lowvram_i2v.console import Console
 from lowvram_i2v.errors import LowVramError, RequestError
 from lowvram_i2v.events import Notice
@@ -27,8 +28,6 @@ prompts: say it briefly. Name the subject, the action, the background and the ca
 that you name, a long one dilutes it and may switch scenes. Example:
   "A woman turns her head and smiles, park in autumn behind her, the camera moves in slowly."
 """
-
-PIECES = {"transformer": "transformer", "text": "text_encoder", "clip": "text_encoder_2", "vae": "vae"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowvram-i2v {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
-    _add_convert(commands)
+    add_commands(commands)
     _add_synth(commands)
     _add_demo(commands)
     profiles = commands.add_parser("profiles", help="list the profiles")
@@ -172,41 +171,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _add_convert(commands: Any) -> None:
-    parser = commands.add_parser("convert", help="turn downloaded weights into a model folder")
-    parser.set_defaults(command=_convert)
-    add = parser.add_argument
-    add(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="the downloaded tree (it holds hunyuan-video-i2v-720p/ and others)",
-    )
-    add("destination", type=Path, metavar="DIR", help="the model folder to write or to complete")
-    add(
-        "--scheme",
-        default="bf16",
-        help="how weights are stored: bf16, or fp32 for tests (default %(default)s)",
-    )
-    add(
-        "--component",
-        action="append",
-        metavar="NAME",
-        choices=PIECES,
-        help="only this one (repeatable): %(choices)s",
-    )
-    add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from lowvram_i2v.convert.convert import convert
-
-    components = _components(options)
-    convert(options.source, options.destination, options.scheme, components, options.variant, Console())
-    print(options.destination)
-    return 0
-
-
 def _add_synth(commands: Any) -> None:
     parser = commands.add_parser("synth", help="write a checkpoint with random weights, for tests and measurements")
     parser.set_defaults(command=_synth)
@@ -223,7 +187,7 @@ def _add_synth(commands: Any) -> None:
         "--component",
         action="append",
         metavar="NAME",
-        choices=PIECES,
+        choices=COMPONENT_NAMES,
         help="only this one (repeatable): %(choices)s",
     )
     add("--seed", type=int, default=0)
@@ -270,4 +234,4 @@ def _profiles(options: argparse.Namespace) -> int:
 
 def _components(options: argparse.Namespace) -> tuple[str, ...]:
     """The components that --component names, all of them without it."""
-    return tuple(PIECES[name] for name in options.component or PIECES)
+    return tuple(COMPONENT_NAMES[name] for name in options.component or COMPONENT_NAMES)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_i2v.checkpoint import raise_listed
-from lowvram_i2v.convert.sources import ComponentSource, LazyTensor
-from lowvram_i2v.convert.sources.containers import file_tensors, read_json, shards
-from lowvram_i2v.errors import CheckpointError
+from lowvram_i2v.convert.sources import ComponentSource, Hints, open_component
+from lowvram_i2v.convert.sources.containers import file_tensors, read_json, renamed, shards
 
 MODEL = "hunyuan-video-i2v-720p"
 EXPECTED = (
@@ -70,7 +69,7 @@ def _vae_name(name: str) -> str | None:
 PLACES = {
     "transformer": Place(
         f"{MODEL}/transformers",
-        (("mp_rank_00_model_states.pt",), ("pytorch_model_module.pt",)),
+        (("mp_rank_00_model_states.pt",), ("pytorch_model_module.pt",), ("mp_rank_00_model_states_fp8.pt",)),
         has_config=False,
     ),
     "text_encoder": Place(
@@ -95,12 +94,14 @@ def matches(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in (MODEL, "text_encoder_i2v", "text_encoder_2"))
 
 
-def open_components(folder: Path, components: tuple[str, ...]) -> dict[str, ComponentSource]:
+def open_components(
+    folder: Path, components: tuple[str, ...], hints: Hints | None = None
+) -> dict[str, ComponentSource]:
     """Opens them all, or raises one CheckpointError that lists every missing file of every component asked
     for."""
     missing = [line for component in components for line in _missing(folder, PLACES[component])]
     raise_listed(f"{folder} is not complete", [f"missing: {line}" for line in missing], EXPECTED)
-    return {component: _open(folder, component) for component in components}
+    return {component: _open(folder, component, hints or Hints()) for component in components}
 
 
 def _present(folder: Path, alternatives: Alternatives) -> tuple[Path, ...] | None:
@@ -125,10 +126,12 @@ def _missing(root: Path, place: Place) -> list[str]:
     return lines
 
 
-def _open(root: Path, component: str) -> ComponentSource:
+def _open(root: Path, component: str, hints: Hints) -> ComponentSource:
     place = PLACES[component]
     folder = root / place.folder
     (weights,) = _present(folder, place.weights) or ()
+    if component == "transformer":
+        return open_component(weights, component, hints)
     files = shards(weights) if weights.name.endswith(".index.json") else (weights,)
     config = read_json(folder / "config.json") if place.has_config else {}
     tokenizer = [*(_present(folder, place.tokenizer) or ())]
@@ -138,7 +141,7 @@ def _open(root: Path, component: str) -> ComponentSource:
     return ComponentSource(
         path=weights,
         bytes=sum(path.stat().st_size for path in files),
-        tensors=renamed(file_tensors(weights), place.rename, weights),
+        tensors=renamed(file_tensors(weights), place.rename, weights, EXPECTED),
         config=_text_config(config) if component == "text_encoder_2" else config,
         tokenizer=tuple(tokenizer),
     )
@@ -153,19 +156,3 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
         **config["text_config"],
         **(config.get("text_config_dict") or {}),
     }
-
-
-def renamed(tensors: dict[str, LazyTensor], rename: Callable[[str], str | None], path: Path) -> dict[str, LazyTensor]:
-    """The tensors that are stored, under our names. Raises CheckpointError listing all names of another
-    model."""
-    result, foreign = {}, []
-    for name, tensor in tensors.items():
-        try:
-            ours = rename(name)
-        except CheckpointError:
-            foreign.append(f"unexpected: {name}")
-            continue
-        if ours is not None:
-            result[ours] = tensor
-    raise_listed(f"{path} holds tensors of another model", foreign, EXPECTED)
-    return result

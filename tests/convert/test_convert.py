@@ -201,7 +201,7 @@ def test_all_tensors_that_do_not_fit_are_listed(released: Path, tmp_path: Path) 
     state = torch.load(released / TRANSFORMER, weights_only=True)["module"]
     del state["double_blocks.1.img_mlp.fc2.bias"]
     state["single_blocks.0.linear1.weight"] = state["single_blocks.0.linear1.weight"][:-1]
-    state["byt5_in.fc1.weight"] = torch.zeros(3)
+    state["extra_in.fc1.weight"] = torch.zeros(3)
     save({"module": state}, released / TRANSFORMER)
     shard = released / "text_encoder_i2v" / "model-00002-of-00002.safetensors"
     llava = load_file(shard)
@@ -216,7 +216,7 @@ def test_all_tensors_that_do_not_fit_are_listed(released: Path, tmp_path: Path) 
         tmp_path / "model",
         "missing: double_blocks.1.img_mlp.fc2.bias",
         "wrong shape: single_blocks.0.linear1.weight",
-        "unexpected: byt5_in.fc1.weight",
+        "unexpected: extra_in.fc1.weight",
         "wrong shape: multi_modal_projector.linear_1.bias is [7], must be [64]",
         "stored as torch.float8_e4m3fn: encoder.conv_in.conv.weight",
     )
