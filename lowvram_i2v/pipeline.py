@@ -123,18 +123,18 @@ def condition_steps(job: Job, prompts: Prompts) -> Steps:
             only=is_conditioning,
         ) as transformer,
     ):
-        steps = [
-            embeds
-            and [
-                step.to(torch.device("cpu"))
-                for step in transformer.condition(
-                    timesteps, embeds.prompt_embeds.to(device), embeds.pooled_prompt_embeds.to(device), guidance
-                )
-            ]
-            for embeds in prompts
-        ]
-    assert steps[0] is not None
-    return steps[0], steps[1]
+        positive, negative = (_condition(transformer, timesteps, embeds, guidance) for embeds in prompts)
+    assert positive is not None
+    return positive, negative
+
+
+def _condition(
+    transformer: HunyuanVideoTransformer, timesteps: Tensor, embeds: PromptEmbeds | None, guidance: Tensor | None
+) -> list[StepConditioning] | None:
+    if embeds is None:
+        return None
+    prompt, pooled = (x.to(timesteps.device) for x in (embeds.prompt_embeds, embeds.pooled_prompt_embeds))
+    return [step.to(torch.device("cpu")) for step in transformer.condition(timesteps, prompt, pooled, guidance)]
 
 
 @torch.inference_mode()

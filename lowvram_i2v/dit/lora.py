@@ -57,7 +57,7 @@ def read_lora(path: Path, model: nn.Module) -> dict[str, LoraPair]:
             grouped.setdefault(layers[flat], {})[part] = name
     pairs = {}
     for layer_name, parts in grouped.items():
-        weight = model.get_submodule(layer_name).weight
+        weight = model.get_parameter(f"{layer_name}.weight")
         fault = _fault(parts, {part: file.entries[name].shape for part, name in parts.items()}, tuple(weight.shape))
         if fault:
             faults.append(f"{layer_name}: {fault}")

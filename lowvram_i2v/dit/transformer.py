@@ -65,13 +65,16 @@ class HunyuanVideoTransformer(nn.Module):
         prompt_embeds: [text tokens, text_dim]. pooled_prompt_embeds: [pooled_dim]. guidance_scale: [1] as the user
         means it (6.0), None if the weights have no guidance embedder.
         """
-        dtype = self.final_layer.adaLN_modulation[1].bias.dtype
+        dtype = self.vector_in.out_layer.weight.dtype
         prompt_embeds, pooled = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)[None]
         steps, vectors = len(timesteps), self.vectors(timesteps, pooled, guidance_scale)
         tables = []
-        for block in self.double_blocks:
-            tables += [pack(block.img_mod(vectors), steps), pack(block.txt_mod(vectors[:steps]), steps)]
-        tables += [pack(block.modulation(vectors), steps) for block in self.single_blocks]
+        for double in self.double_blocks.children():
+            assert isinstance(double, DoubleBlock)
+            tables += [pack(double.img_mod(vectors), steps), pack(double.txt_mod(vectors[:steps]), steps)]
+        for single in self.single_blocks.children():
+            assert isinstance(single, SingleBlock)
+            tables.append(pack(single.modulation(vectors), steps))
         tables.append(pack(self.final_layer.modulation(vectors[:steps]), steps))
         modulation = torch.cat(tables, dim=1)
         return [
