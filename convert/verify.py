@@ -28,6 +28,7 @@ from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.convert.sources.model_folder import dequantized
 from lowvram_i2v.convert.writer import CPU, relative_error
 from lowvram_i2v.dit.blocks import DoubleBlock
+from lowvram_i2v.dit.conditioning import StreamModulation
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import CheckpointError, RequestError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
@@ -100,7 +101,8 @@ def verify(
         return Report(checked, tuple(damaged))
     if against.resolve() == folder.resolve():
         raise RequestError("--against names the model folder itself", "Name what it was converted from.")
-    errors, equal, block = {}, 0, None
+    errors: dict[str, float] = {}
+    equal, block = 0, None
     for one in understand(Origin(against), asked, variant):
         ours = dequantized(one.name, files[one.name], records[one.name].config)
         found = _errors(one.name, ours, one.source.tensors, listen)
@@ -186,4 +188,5 @@ def _forward(block: DoubleBlock, config: TransformerConfig, device: torch.device
 
     angles = random(IMAGE_TOKENS, config.head_dim // 2)
     img, txt, vectors = random(IMAGE_TOKENS), random(TEXT_TOKENS), random(1)
-    return torch.cat(block(img, txt, block.modulation(vectors), 0, (angles.cos(), angles.sin()), attend))
+    modulation = StreamModulation(*block.img_mod(vectors)), StreamModulation(*block.txt_mod(vectors))
+    return torch.cat(block(img, txt, modulation, 0, (angles.cos(), angles.sin()), attend))

@@ -96,7 +96,11 @@ def write_safetensors(
     be other than was announced.
     """
     stored = tuple(StoredTensor(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-    jobs = tuple(Job((name,), tensor, lambda values, name=name: {name: values}) for name, tensor in tensors.items())
+
+    def as_it_is(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+        return lambda values: {name: values}
+
+    jobs = tuple(Job((name,), tensor, as_it_is(name)) for name, tensor in tensors.items())
     write_layout(path, Layout(stored, jobs), metadata, CPU, advance)
 
 
@@ -138,7 +142,7 @@ class Sink:
                 f"{list(values.shape)}",
                 "The source changed while it was read: convert again.",
             )
-        data = memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(data):
             done += os.pwrite(self.descriptor, data[done:], self.offsets[name] + done)

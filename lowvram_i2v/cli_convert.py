@@ -59,7 +59,7 @@ def _add_convert(commands: Any) -> None:
     for name, what in PIECES.items():
         add(f"--{name}", type=Path, metavar="PATH", help=f"{what}; wins over SOURCE")
     add("--scheme", choices=SCHEMES, help="how the transformer is stored (default int8); fp32 is for tests")
-    add("--text-scheme", choices=SCHEMES, help="the same of the text encoder (default fp8; --scheme if that is bf16, fp32)")
+    add("--text-scheme", choices=SCHEMES, help="how the text encoder is stored (default fp8 beside 8 and 4 bits)")
     add("--keep", action="append", default=[], metavar="PATTERN", help="layers to leave unquantized (repeatable)")
     add("--component", action="append", metavar="NAME", choices=COMPONENT_NAMES, help="only this one: %(choices)s")
     add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")

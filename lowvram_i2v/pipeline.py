@@ -16,7 +16,7 @@ from torch import Tensor
 from lowvram_i2v.device import compute_dtype, describe, phase
 from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning
 from lowvram_i2v.dit.rope import rope_table, token_grid
-from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
+from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
 from lowvram_i2v.events import Listener, PhaseAdvanced
 from lowvram_i2v.image import pixels
 from lowvram_i2v.job import Job, prepare
@@ -25,6 +25,7 @@ from lowvram_i2v.request import GenerateRequest
 from lowvram_i2v.sampling.conditioning import condition, draw_noise, start_latents
 from lowvram_i2v.sampling.denoise import GuidedVelocity, denoise
 from lowvram_i2v.sampling.schedule import flow_sigmas, timesteps_of
+from lowvram_i2v.streaming.load import stream_blocks
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name
 from lowvram_i2v.text.embeds import PromptEmbeds
 from lowvram_i2v.text.encode import black_image, pooled_vector, prompt_rows
@@ -142,6 +143,7 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
     """Noise [16, T, H, W] -> latents of the same shape, float32, on the CPU."""
     request, header, device = job.request, job.model.header, job.device
     config, (width, height) = header.transformer, job.size
+    dtype = compute_dtype(device, torch.bfloat16)
     cos, sin = rope_table(
         token_grid(request.frames, height, width), config.rope_dims, config.rope_theta, request.frames
     )
@@ -151,11 +153,20 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
             "transformer",
             lambda: HunyuanVideoTransformer(config, job.attend),
             device=device,
-            dtype=compute_dtype(device, torch.bfloat16),
-            only=lambda name: not is_conditioning(name),
+            dtype=dtype,
+            only=lambda name: not is_conditioning(name) and not is_in_block(name),
         ) as transformer,
+        stream_blocks(
+            job.model.files["transformer"],
+            transformer.blocks(),
+            device=device,
+            dtype=dtype,
+            resident=job.profile.resident_blocks,
+            slots=job.profile.slots,
+            only=lambda name: not is_conditioning(name),
+        ) as blocks,
     ):
-        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)))
+        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks)
         return denoise(
             velocity,
             condition(header.variant, image_latent.to(device)),

@@ -15,6 +15,7 @@ from lowvram_i2v.errors import RequestError
 
 DECODE_POLICIES = ("tiled", "plain")
 DEFAULT_PROFILE = "whole"
+KINDS = {"str": (str, "a string"), "int": (int, "an integer")}
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class VramProfile:
 
     attention: a name from the table of attention backends.
     decode: "tiled" cuts the VAE's work into the reference's tiles, "plain" decodes the whole video at once.
+    resident_blocks: how many of the transformer's blocks keep their weights on the device, -1 for all; the others wait
+    in RAM and are copied when it is their turn. slots: places on the device for those, 2 or more.
     """
 
     name: str
     description: str
     attention: str
     decode: str
+    resident_blocks: int
+    slots: int
 
 
 def profile_names() -> list[str]:
@@ -58,12 +63,28 @@ def load_profile(name: str) -> VramProfile:
 
 
 def _checked(name: str, values: dict[str, object]) -> VramProfile:
-    known = {field.name for field in fields(VramProfile)} - {"name"}
+    kinds = {field.name: KINDS[str(field.type)] for field in fields(VramProfile) if field.name != "name"}
+    known = kinds.keys()
     faults = [f"unknown key {key!r}" for key in sorted(values.keys() - known)]
     faults += [f"missing key {key!r}" for key in sorted(known - values.keys())]
-    faults += [f"{key} is not a string" for key in sorted(known & values.keys()) if not isinstance(values[key], str)]
-    if not faults and values["decode"] not in DECODE_POLICIES:
-        faults.append(f"decode is {values['decode']!r}, not one of {', '.join(DECODE_POLICIES)}")
+    faults += [
+        f"{key} is not {words}"
+        for key, (kind, words) in kinds.items()
+        if key in values and type(values[key]) is not kind  # true and false are no integers
+    ]
     if faults:
-        raise RequestError(f"profile {name}: {'; '.join(faults)}", "profiles/whole.toml shows all keys.")
-    return VramProfile(name, **{key: str(values[key]) for key in known})
+        raise _refused(name, faults)
+    profile = VramProfile(name, **values)  # type: ignore[arg-type]
+    if profile.decode not in DECODE_POLICIES:
+        faults.append(f"decode is {profile.decode!r}, not one of {', '.join(DECODE_POLICIES)}")
+    if profile.resident_blocks < -1:
+        faults.append(f"resident_blocks is {profile.resident_blocks}, not a number of blocks or -1 for all")
+    if profile.slots < 2:
+        faults.append(f"slots is {profile.slots}, not 2 or more")
+    if faults:
+        raise _refused(name, faults)
+    return profile
+
+
+def _refused(name: str, faults: list[str]) -> RequestError:
+    return RequestError(f"profile {name}: {'; '.join(faults)}", "profiles/whole.toml shows all keys.")

@@ -1,10 +1,19 @@
-"""Shared by all tests: two threads of torch at most, and reproducible property tests."""
+"""Shared by all tests: two threads of torch at most, reproducible property tests, GPU tests skipped without a GPU."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("repo", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible here"))

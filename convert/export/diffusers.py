@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowvram_i2v.convert.export import OutputFile
@@ -47,7 +48,7 @@ def _job(name: str, tensor: LazyTensor, hidden: int) -> tuple[Job, list[StoredTe
     def make(values: Tensor) -> dict[str, Tensor]:
         values = cast(name, values, dtype)
         values = values.roll(len(values) // 2, 0) if swapped else values
-        return dict(zip(names, values.split(rows), strict=True))
+        return dict(zip(names, torch.split(values, rows), strict=True))
 
     return Job(names, tensor, make), stored
 

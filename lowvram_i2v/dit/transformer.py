@@ -2,12 +2,16 @@
 
 Invariants: tensor names are those of the released checkpoint (856 for token_replace, 852 for latent_concat without a
 guidance embedder); one sample, no padding, so no mask anywhere; nothing is changed in place, so that training can use
-it. Left out here: streaming, quantized weights, chunked activations.
+it. The loop takes blocks as they come: where their weights are is not known here. Left out: quantized weights, chunked
+activations.
 
 Source: HunyuanVideo, arXiv 2412.03603; the arithmetic is pinned by the goldens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from einops import rearrange
@@ -20,6 +24,13 @@ from lowvram_i2v.dit.conditioning import StepConditioning, pack
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.embedders import PatchEmbedder, PooledEmbedder, ScalarEmbedder, TokenRefiner
 from lowvram_i2v.kernels.modulate import layer_norm_modulate
+
+BLOCK_LISTS = ("double_blocks", "single_blocks")
+
+
+def is_in_block(name: str) -> bool:
+    """Whether a weight of the transformer belongs to one of its blocks."""
+    return name.split(".")[0] in BLOCK_LISTS
 
 
 class HunyuanVideoTransformer(nn.Module):
@@ -39,6 +50,10 @@ class HunyuanVideoTransformer(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Name -> block, in the order of a step."""
+        return {f"{kind}.{n}": block for kind in BLOCK_LISTS for n, block in enumerate(getattr(self, kind))}
 
     def forward(
         self,
@@ -99,19 +114,23 @@ class HunyuanVideoTransformer(nn.Module):
             return vectors  # type: ignore[no-any-return]
         return torch.cat([vectors, self.time_in(torch.zeros_like(timesteps[:1])) + prompt])
 
-    def predict(self, latents: Tensor, step: StepConditioning, rope: Rope) -> Tensor:
+    def predict(
+        self, latents: Tensor, step: StepConditioning, rope: Rope, blocks: Iterable[nn.Module] | None = None
+    ) -> Tensor:
         """latents [in_channels, T, H, W] -> velocity [out_channels, T, H, W], float32.
 
-        rope: `rope_table` of the token grid T x H/2 x W/2.
+        rope: `rope_table` of the token grid T x H/2 x W/2. blocks: all blocks in order, each with its weights in place
+        from when it is yielded until the next one is asked for; None for the model's own.
         """
+        stream = iter(self.blocks().values() if blocks is None else blocks)
         grid = [size // patch for size, patch in zip(latents.shape[1:], self.config.patch_size, strict=True)]
         first_tokens = grid[1] * grid[2] if step.vectors == 2 else 0
 
         img, txt = self.img_in(latents.to(self.img_in.proj.weight.dtype)), step.txt
-        for block, modulations in zip(self.double_blocks, step.double(), strict=True):
+        for block, modulations in zip(islice(stream, len(self.double_blocks)), step.double(), strict=True):
             img, txt = block(img, txt, modulations, first_tokens, rope, self.attend)
         x = torch.cat([img, txt])
-        for block, modulation in zip(self.single_blocks, step.single(), strict=True):
+        for block, modulation in zip(stream, step.single(), strict=True):
             x = block(x, modulation, first_tokens, rope, self.attend)
         return self.unpatchify(self.final_layer(x[: len(img)], step.final()), grid)
 

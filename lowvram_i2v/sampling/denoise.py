@@ -6,12 +6,12 @@ two: half the activations, the same arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowvram_i2v.dit.blocks import Rope
 from lowvram_i2v.dit.conditioning import StepConditioning
@@ -25,7 +25,8 @@ Velocity = Callable[[Tensor, int], Tensor]
 class GuidedVelocity:
     """The velocity that a step follows: the model's, or u + cfg * (c - u) where there is a negative prompt.
 
-    positive, negative: what the transformer's `condition` gave for each step.
+    positive, negative: what the transformer's `condition` gave for each step. blocks: the transformer's, iterated once
+    for each prediction; None where all weights are in place.
     """
 
     transformer: HunyuanVideoTransformer
@@ -33,6 +34,7 @@ class GuidedVelocity:
     negative: list[StepConditioning] | None
     cfg: float
     rope: Rope
+    blocks: Iterable[nn.Module] | None = None
 
     def __call__(self, model_input: Tensor, step: int) -> Tensor:
         """model_input [in_channels, T, H, W], step counted from 0 -> velocity [16, T, H, W], float32."""
@@ -43,7 +45,7 @@ class GuidedVelocity:
         return unconditional + self.cfg * (conditional - unconditional)
 
     def _predict(self, model_input: Tensor, step: StepConditioning) -> Tensor:
-        return self.transformer.predict(model_input, step.to(model_input.device), self.rope)
+        return self.transformer.predict(model_input, step.to(model_input.device), self.rope, self.blocks)
 
 
 @torch.inference_mode()

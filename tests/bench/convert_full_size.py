@@ -2,9 +2,9 @@
 
 Makes a 13B transformer with random weights in the released layout (26 GB), times plainly reading it and plainly writing
 13 GB with fsync, then `convert` to each scheme, then the same for the text encoder. Before each of these the files'
-pages are dropped from the page cache, as far as the system does that when asked. Prints table rows: wall time, the ratio to the
-plain copy, and the peak of anonymous resident memory (RssAnon: what the page cache cannot give back), sampled every
-20 ms. Needs 40 GB of disk. Every command runs in a process of its own through the command line.
+pages are dropped from the page cache, as far as the system does that when asked. Prints table rows: wall time, the
+ratio to the plain copy, and the peak of anonymous resident memory (RssAnon: what the page cache cannot give back),
+sampled every 20 ms. Needs 40 GB of disk. Every command runs in a process of its own through the command line.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ CONFIGS = {"dit.config", "vae.config"}
 ALLOWED = {
     "kernels": {"kernels", "errors"},
     "attention": {"attention", "kernels", "errors"},
+    "streaming": {"streaming", "kernels", "safetensors_file", "errors"},
     "dit": {"dit", "attention", "kernels", "safetensors_file", "errors"},
     "vae": {"vae", "kernels", "attention", "errors"},
     "text": {"text", "errors"},
@@ -37,6 +38,7 @@ ALLOWED = {
     "safetensors_file": {"errors"},
     "checkpoint": {"safetensors_file", "kernels", "variant", "errors", *CONFIGS},
     "convert": {
+        "attention",
         "convert",
         "checkpoint",
         "safetensors_file",
@@ -61,10 +63,11 @@ ALLOWED = {
         "device",
     },
     "job": {"checkpoint", "attention", "dit", "vae", "text", *LEAVES},
-    "pipeline": {"job", "checkpoint", "attention", "dit", "vae", "text", "sampling", *LEAVES},
+    "pipeline": {"job", "checkpoint", "attention", "dit", "vae", "text", "sampling", "streaming", *LEAVES},
     "demo": {"pipeline", "synth", "convert", "checkpoint", *LEAVES},
     "console": {"events"},
-    "cli": {"pipeline", "convert", "synth", "demo", "checkpoint", "console", *LEAVES},
+    "cli_convert": {"convert", "console", *LEAVES},
+    "cli": {"cli_convert", "pipeline", "convert", "synth", "demo", "checkpoint", "console", *LEAVES},
     "__main__": {"cli"},
     **{leaf: {"errors", "events", "variant", "__init__"} for leaf in LEAVES},
 }

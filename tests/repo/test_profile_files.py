@@ -9,7 +9,7 @@ import pytest
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile, profile_names
 
-GOOD = 'description = "d"\nattention = "sdpa"\ndecode = "plain"\n'
+GOOD = 'description = "d"\nattention = "sdpa"\ndecode = "plain"\nresident_blocks = 0\nslots = 2\n'
 
 
 def test_all_profiles_load() -> None:
@@ -31,6 +31,10 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         ('description = "d"\n', "missing key 'attention'"),
         (GOOD.replace('"plain"', "3"), "decode is not a string"),
         (GOOD.replace("plain", "shiny"), "shiny"),
+        (GOOD.replace("resident_blocks = 0", "resident_blocks = true"), "resident_blocks is not an integer"),
+        (GOOD.replace("resident_blocks = 0", "resident_blocks = -2"), "resident_blocks is -2"),
+        (GOOD.replace("slots = 2", "slots = 1"), "slots is 1"),
+        (GOOD.replace("slots = 2", 'slots = "2"'), "slots is not an integer"),
         ("= broken", "TOML"),
     ],
 )

@@ -1,0 +1,79 @@
+"""The arena: one piece of page-locked host memory that holds every streamed block, ready to be copied.
+
+Invariants: one allocation, exactly as long as asked. torch's own pinned memory is rounded up to a power of two (9.1 GB
+would take 16 GiB), so ordinary memory is allocated and then page-locked in place. On machines without CUDA it stays
+ordinary memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowvram_i2v.errors import ResourceError
+from lowvram_i2v.streaming.slab import ALIGNMENT
+
+REMEDY = (
+    "Close other programs, use weights in a smaller scheme (int8, nf4), or keep more blocks resident in video memory "
+    "(resident_blocks in the profile)."
+)
+
+
+@contextmanager
+def arena(size: int, device: torch.device) -> Iterator[Tensor]:
+    """`size` bytes of host memory, uint8, aligned, page-locked where the blocks' device is a CUDA one, while a `with`
+    lasts. Whoever copies from it must have ended before the end of the `with`.
+
+    Raises ResourceError with need and have if the machine has too little free RAM or refuses to lock it.
+    """
+    free = available_ram()
+    if free is not None and size > free:
+        raise ResourceError(
+            f"streamed blocks need {size / 2**30:.2f} GiB of RAM, and {free / 2**30:.2f} GiB are available", REMEDY
+        )
+    memory = _allocate(size)
+    if device.type != "cuda" or not size:
+        yield memory
+        return
+    with _page_locked(memory, device):
+        yield memory
+
+
+def available_ram(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that can be allocated without swapping, as Linux estimates it; None where the system does not say."""
+    if not meminfo.is_file():
+        return None
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _allocate(size: int) -> Tensor:
+    try:
+        memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise ResourceError(f"{size / 2**30:.2f} GiB of RAM for streamed blocks were refused", REMEDY) from error
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]
+
+
+@contextmanager
+def _page_locked(memory: Tensor, device: torch.device) -> Iterator[None]:
+    """Page-locks memory for all CUDA devices while a `with` lasts."""
+    with torch.cuda.device(device):
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 1))  # 1: for all contexts
+        if code:
+            raise ResourceError(
+                f"the driver would not page-lock {memory.numel() / 2**30:.2f} GiB of RAM (CUDA error {code})",
+                f"Raise the limit of locked memory (ulimit -l), if there is one. {REMEDY}",
+            )
+        try:
+            yield
+        finally:
+            cudart.cudaHostUnregister(memory.data_ptr())
