@@ -20,6 +20,7 @@ from lowvram_i2v.convert.policy import READABLE
 from lowvram_i2v.convert.shapes import Shapes, clip_shapes, llava_shapes, transformer_shapes, vae_shapes
 from lowvram_i2v.convert.sources import SOURCES, ComponentSource, Hints, open_source
 from lowvram_i2v.convert.sources.comfy_set import open_comfy
+from lowvram_i2v.convert.sources.containers import SUFFIXES
 from lowvram_i2v.convert.sources.pieces import FLAGS, Pieces, open_pieces
 from lowvram_i2v.errors import CheckpointError, RequestError
 from lowvram_i2v.vae.config import VaeConfig
@@ -77,6 +78,8 @@ def _open(origin: Origin, asked: tuple[str, ...] | None, hints: Hints) -> dict[s
         raise CheckpointError(f"{path} does not exist", "Give the file or folder that holds the weights.")
     layout = layout_of(path) if path is not None and path.is_dir() else None
     if path is not None and layout is None:
+        if path.is_dir() and not any(file.name.endswith(SUFFIXES) for file in path.iterdir()):
+            open_source(path, ())  # says which layouts of folders there are
         pieces = _with_file(pieces, path, hints.variant)
     named = tuple(component for component in COMPONENTS if pieces.of(component) is not None)
     if path is None or layout is None:

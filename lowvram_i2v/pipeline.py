@@ -135,7 +135,8 @@ def _condition(
     if embeds is None:
         return None
     prompt, pooled = (x.to(timesteps.device) for x in (embeds.prompt_embeds, embeds.pooled_prompt_embeds))
-    return [step.to(torch.device("cpu")) for step in transformer.condition(timesteps, prompt, pooled, guidance)]
+    steps = transformer.condition(timesteps, prompt, pooled, guidance)
+    return [step.on_host(pin=timesteps.is_cuda) for step in steps]
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ see views. Differentiable.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,16 @@ class StepConditioning:
     single_blocks: int
 
     def to(self, device: torch.device) -> StepConditioning:
+        """On the device. From `on_host(pin=True)` the copy is queued, and the host does not wait for it."""
         txt, modulation = (tensor.to(device, non_blocking=True) for tensor in (self.txt, self.modulation))
-        return StepConditioning(txt, modulation, self.vectors, self.double_blocks, self.single_blocks)
+        return replace(self, txt=txt, modulation=modulation)
+
+    def on_host(self, pin: bool) -> StepConditioning:
+        """In host memory of its own, page-locked if `pin`."""
+        txt, modulation = (tensor.to("cpu", copy=True) for tensor in (self.txt, self.modulation))
+        if pin:
+            txt, modulation = txt.pin_memory(), modulation.pin_memory()
+        return replace(self, txt=txt, modulation=modulation)
 
     def double(self) -> Iterator[tuple[StreamModulation, StreamModulation]]:
         """Of each double block: the image's modulation and the text's."""

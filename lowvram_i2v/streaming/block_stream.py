@@ -116,11 +116,11 @@ class BlockStream(Generic[Mark]):
     def _bring(self, place: int) -> None:
         """Makes the oldest flight, which is that of this block, its weights."""
         flight = self._flights.popleft()
+        self._in_use = flight.slot
         assert flight.block == place
         self._queue.wait_copied(flight.landed)
         layout = self._streamed[place].layout
         layout.bind(self._blocks[place], self._slots[flight.slot][: layout.bytes])
-        self._in_use = flight.slot
 
     def _refill_all(self) -> None:
         """Starts the cycle from its first block. What the slots hold, or are being filled with, is given up."""

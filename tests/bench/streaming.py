@@ -22,12 +22,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from step_inputs import Inputs, random_inputs  # noqa: E402
 
 from lowvram_i2v import attention  # noqa: E402
-from lowvram_i2v.checkpoint import ModelFolder, open_model  # noqa: E402
+from lowvram_i2v.checkpoint import ModelFolder, ModelHeader, read_records  # noqa: E402
 from lowvram_i2v.device import describe, pick_device, release  # noqa: E402
 from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
+from lowvram_i2v.dit.config import TransformerConfig  # noqa: E402
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
+from lowvram_i2v.safetensors_file import open_safetensors  # noqa: E402
 from lowvram_i2v.streaming.block_stream import BlockStream  # noqa: E402
 from lowvram_i2v.streaming.load import stream_blocks  # noqa: E402
+from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
+from lowvram_i2v.variant import VARIANTS  # noqa: E402
 
 
 @torch.inference_mode()
@@ -94,6 +98,15 @@ def measure(
     return median, result
 
 
+def open_transformer(folder: Path) -> ModelFolder:
+    """A model folder of which only the transformer needs to be there."""
+    record = read_records(folder).components["transformer"]
+    config = TransformerConfig.from_dict(record.config)
+    variant = next(variant for variant in VARIANTS.values() if variant.in_channels == config.in_channels)
+    header = ModelHeader(variant, config, VaeConfig(), {}, {}, {"transformer": record})
+    return ModelFolder(folder, header, {"transformer": open_safetensors(folder / "transformer.safetensors")})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a model folder of full size")
@@ -107,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps: two or more, the first one is not counted")
-    device, model = pick_device("cuda"), open_model(options.model)
+    device, model = pick_device("cuda"), open_transformer(options.model)
     width, height = (int(side) for side in options.size.split("x"))
     inputs = random_inputs(
         model.header.transformer,

@@ -118,12 +118,12 @@ def test_a_video_from_quantized_weights(scheme: str, model: Path, tmp_path: Path
     plain = prepare(request(tmp_path), model, load_profile("whole"), CPU, ignore)
     noise = draw_noise(plain.latent_shape, 0)
     prompts, image = pipeline.encode_prompts(plain), pipeline.encode_image(plain)
-    expected = pipeline.sample(plain, prompts, image, noise)
+    expected = pipeline.sample(plain, pipeline.condition_steps(plain, prompts), image, noise)
     for component in ("transformer", "text_encoder"):
         quantize(model, component, scheme)
     job = prepare(request(tmp_path), model, load_profile("whole"), CPU, ignore)
     assert job.model.header.scheme == scheme
-    actual = pipeline.sample(job, pipeline.encode_prompts(job), image, noise)
+    actual = pipeline.sample(job, pipeline.condition_steps(job, pipeline.encode_prompts(job)), image, noise)
     assert 0 < relative_l2(actual, expected) < {"int8": 0.03, "fp8": 0.1, "nf4": 0.3}[scheme]
     video = pipeline.generate(request(tmp_path), model, load_profile("whole"), CPU, ignore)
     assert video.stat().st_size > 0
