@@ -32,7 +32,9 @@ def parts(out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...
 
 
 def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
-    scale = (absmax(weight, name) / LARGEST).clamp_min_(SMALLEST)
+    largest = absmax(weight, name)
+    # divided by a tensor: by a number, a GPU multiplies with the reciprocal, which is another last bit
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min_(SMALLEST)
     codes = torch.empty(weight.shape, dtype=DTYPE, device=weight.device)
     for rows in row_chunks(*weight.shape):
         codes[rows] = (weight[rows].float() / scale).clamp_(-LARGEST, LARGEST).to(DTYPE)

@@ -37,7 +37,9 @@ def parts(out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...
 
 
 def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
-    scale = (absmax(weight, name, dim=1) / LARGEST).clamp_min_(SMALLEST)
+    largest = absmax(weight, name, dim=1)
+    # divided by a tensor: by a number, a GPU multiplies with the reciprocal, which is another last bit
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min_(SMALLEST)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in row_chunks(*weight.shape):
         codes[rows] = (weight[rows].float() / scale[rows]).round_()
