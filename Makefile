@@ -22,9 +22,12 @@ check: $(VENV)/.dev
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu
 
-# Full-size measurements on a CUDA device; rows for docs/measurements.md are printed at the end.
+# Full-size measurements on a CUDA device, in WORK (64 GB of disk); the rows printed belong in docs/measurements.md.
+WORK ?= build/bench
 bench:
-	$(PYTHON) tests/bench/full_size.py
+	$(PYTHON) tests/bench/convert_full_size.py --work $(WORK)
+	$(PYTHON) tests/bench/full_size.py --work $(WORK) --output $(WORK)/full.mp4
+	$(PYTHON) tests/bench/streaming.py --model $(WORK)/model
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -10,9 +10,11 @@ from pathlib import Path
 import encoder_layouts as layouts
 import pytest
 import torch
+from PIL import Image
 
 from goldens import golden, names, transformer_weights
-from lowvram_i2v.checkpoint import COMPONENTS
+from lowvram_i2v import cli
+from lowvram_i2v.checkpoint import COMPONENTS, open_model
 from lowvram_i2v.convert.shapes import clip_shapes, llava_shapes, vae_shapes
 from lowvram_i2v.convert.sources import Hints, comfy_set, open_source
 from lowvram_i2v.convert.sources.comfy_set import open_comfy
@@ -91,6 +93,22 @@ def test_the_whole_set_is_found(comfy: Path, transformer: layouts.Tensors) -> No
     assert shapes["vae"] == vae_shapes(VaeConfig.from_official(found["vae"].config))
     assert found["text_encoder"].tokenizer[0].name == "tokenizer.json"
     assert {file.name for file in found["text_encoder_2"].tokenizer} >= {"vocab.json", "merges.txt"}
+
+
+def test_one_command_makes_a_model_that_generates(comfy: Path, tmp_path: Path) -> None:
+    assert cli.main(["convert", "--from-comfy", str(comfy), str(tmp_path / "model"), "--device", "cpu"]) == 0
+    model = open_model(tmp_path / "model")
+    assert {name: record.scheme for name, record in model.header.records.items()} == {
+        "transformer": "int8",
+        "text_encoder": "fp8",
+        "text_encoder_2": "bf16",
+        "vae": "bf16",
+    }
+    Image.linear_gradient("L").save(tmp_path / "photo.png")
+    flags = ["--image", str(tmp_path / "photo.png"), "--prompt", "It moves.", "--size", "64x48", "--frames", "5"]
+    flags += ["--model", str(model.path), "--steps", "1", "--device", "cpu", "--output", str(tmp_path / "out.mp4")]
+    assert cli.main(["generate", *flags]) == 0
+    assert (tmp_path / "out.mp4").stat().st_size > 0
 
 
 def test_old_folder_names_and_folders_within(comfy: Path) -> None:
