@@ -30,7 +30,7 @@ def infer_transformer(shapes: Shapes) -> TransformerConfig:
         raise CheckpointError(f"hidden size {hidden} is not a multiple of {HEAD_DIM}", REMEDY)
     values = _shape(shapes, "final_layer.linear.weight", 2)[0]
     patch_values = patch[2] * patch[3] * patch[4]
-    return TransformerConfig(
+    config = TransformerConfig(
         in_channels=in_channels,
         out_channels=values // max(patch_values, 1),
         hidden_size=hidden,
@@ -44,6 +44,7 @@ def infer_transformer(shapes: Shapes) -> TransformerConfig:
         pooled_dim=_shape(shapes, "vector_in.in_layer.weight", 2)[1],
         guidance_embed=any(name.startswith("guidance_in.") for name in shapes),
     )
+    return TransformerConfig.from_dict(config.to_dict())  # which refuses what cannot be built
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.vae.config import VaeConfig
 
 Shapes = dict[str, tuple[int, ...]]
+MOST_LAYERS = 1000
 
 
 def transformer_shapes(config: TransformerConfig) -> Shapes:
@@ -45,7 +46,7 @@ def llava_shapes(config: dict[str, Any]) -> Shapes:
     head_dim = _size(text, "head_dim", width // heads)
     queries, keys = heads * head_dim, _size(text, "num_key_value_heads", heads) * head_dim
     shapes: Shapes = {"model.embed_tokens.weight": (_size(text, "vocab_size", 32000), width)}
-    for layer in range(_size(text, "num_hidden_layers", 32)):
+    for layer in range(_size(text, "num_hidden_layers", 32, MOST_LAYERS)):
         shapes |= {
             f"model.layers.{layer}.{name}.weight": shape
             for name, shape in (
@@ -90,7 +91,7 @@ def _clip_layers(prefix: str, config: dict[str, Any], defaults: tuple[int, int, 
     width = _size(config, "hidden_size", defaults[0])
     mlp = _size(config, "intermediate_size", defaults[1])
     shapes: Shapes = {}
-    for layer in range(_size(config, "num_hidden_layers", defaults[2])):
+    for layer in range(_size(config, "num_hidden_layers", defaults[2], MOST_LAYERS)):
         at = f"{prefix}.encoder.layers.{layer}"
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
             shapes |= _pair(f"{at}.self_attn.{name}", (width, width))
@@ -111,9 +112,9 @@ def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-def _size(config: dict[str, Any], name: str, default: int) -> int:
+def _size(config: dict[str, Any], name: str, default: int, largest: int = 2**31 - 1) -> int:
     value = config.get(name)
     value = default if value is None else value
-    if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {name} is {value!r}", "It must be a whole number above 0.")
+    if type(value) is not int or not 0 < value <= largest:
+        raise CheckpointError(f"config.json: {name} is {value!r:.50}", f"It must be a whole number in 1..{largest}.")
     return value

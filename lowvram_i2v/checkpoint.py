@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lowvram_i2v.kernels.scheme import QuantScheme
 
 FORMAT_VERSION = 1
+LARGEST_RECORDS = 32 * 2**20  # bytes of model.json; the released model's has 0.3 MB
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 BLOCKS = {
@@ -125,6 +126,10 @@ class ComponentRecord:
         for name, kind in kinds.items():
             if not isinstance(getattr(record, name), kind):
                 raise TypeError(f"{name} is {getattr(record, name)!r:.40}")
+        if not all(isinstance(checksum, str) for checksum in record.checksums.values()):
+            raise TypeError("checksums are not text")
+        if type(length := record.source.get("bytes", 0)) is not int or not 0 <= length < 2**63:
+            raise ValueError(f"source has {length!r:.40} bytes")
         return record
 
 
@@ -147,6 +152,8 @@ def read_records(folder: Path) -> ModelRecords:
     if not path.is_file():
         return ModelRecords(None, {})
     try:
+        if path.stat().st_size > LARGEST_RECORDS:
+            raise ValueError(f"{path.stat().st_size} bytes")
         values = json.loads(path.read_bytes())
         version = values["format_version"]
         if version != FORMAT_VERSION:

@@ -58,14 +58,16 @@ def decode(container: Container) -> Decoded:
 def _layers(container: Container) -> dict[str, dict[str, Any]]:
     """layer -> what is said about it."""
     layers: dict[str, Any] = {}
+    inside: dict[str, dict[str, Any]] = {}
     if METADATA in container.metadata:
         layers = _object(container, container.metadata[METADATA]).get("layers", {})
     for name, tensor in container.tensors.items():
         if name.endswith(SUFFIX):
-            layers = {**layers, name.removesuffix(SUFFIX): _object(container, small_text(container, name, tensor))}
+            layer = name.removesuffix(SUFFIX)
+            inside[layer] = _object(container, small_text(container, name, tensor))
     if not isinstance(layers, dict) or not all(isinstance(config, dict) for config in layers.values()):
         raise CheckpointError(f"{container.path}: what it says about its quantization is damaged", DOWNLOAD)
-    return layers
+    return layers | inside
 
 
 def small_text(container: Container, name: str, tensor: LazyTensor) -> bytes:

@@ -22,7 +22,8 @@ from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.safetensors_file import TORCH_DTYPES, open_safetensors
 
 DOWNLOAD = "Download or copy it again."
-LARGEST_JSON = 64 * 2**20  # bytes; indexes and configs have less than 1 MiB
+LARGEST_JSON = 32 * 2**20  # bytes; indexes and configs have less than 1 MiB, tokenizers 17
+LONGEST_NAME = 200  # characters of a file's name
 DTYPE_LABELS = {getattr(torch, ours): theirs for theirs, ours in TORCH_DTYPES.items()}
 SAFETENSORS, PICKLE, GGUF = "safetensors", "torch pickle", "GGUF"
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pt", ".pth", ".bin", ".ckpt")
@@ -126,9 +127,9 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 def _is_file_name(value: Any) -> bool:
     """A shard lies beside its index, and is none itself."""
-    if not isinstance(value, str) or not value or "\0" in value:
+    if not isinstance(value, str) or not value or not value.isprintable():
         return False
-    return Path(value).name == value and not value.endswith(".json")
+    return Path(value).name == value and len(value) <= LONGEST_NAME and not value.endswith(".json")
 
 
 def file_tensors(path: Path) -> dict[str, LazyTensor]:

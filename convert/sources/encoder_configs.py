@@ -43,9 +43,9 @@ def llava_config(shapes: Shapes, ids: Mapping[str, int], text: dict[str, Any], p
 
 
 def _llama_config(shapes: Shapes, known: dict[str, Any], path: Path) -> dict[str, Any]:
-    vocabulary, width = _shape(shapes, "model.embed_tokens.weight", 2, path)
-    queries = _shape(shapes, "model.layers.0.self_attn.q_proj.weight", 2, path)[0]
-    keys = _shape(shapes, "model.layers.0.self_attn.k_proj.weight", 2, path)[0]
+    vocabulary, width = require_shape(shapes, "model.embed_tokens.weight", 2, path)
+    queries = require_shape(shapes, "model.layers.0.self_attn.q_proj.weight", 2, path)[0]
+    keys = require_shape(shapes, "model.layers.0.self_attn.k_proj.weight", 2, path)[0]
     heads = known.get("num_attention_heads") or _heads(queries, LLAMA_HEAD, "language model", path)
     head = queries // heads if type(heads) is int and heads > 0 else 0
     key_heads = known.get("num_key_value_heads") or (keys // head if head else 0)
@@ -56,7 +56,7 @@ def _llama_config(shapes: Shapes, known: dict[str, Any], path: Path) -> dict[str
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": width,
-        "intermediate_size": _shape(shapes, "model.layers.0.mlp.gate_proj.weight", 2, path)[0],
+        "intermediate_size": require_shape(shapes, "model.layers.0.mlp.gate_proj.weight", 2, path)[0],
         "max_position_embeddings": known.get("max_position_embeddings", 8192),
         "model_type": "llama",
         "num_attention_heads": heads,
@@ -89,12 +89,12 @@ def _positive(value: Any, whole: bool) -> bool:
 
 
 def _vision_config(shapes: Shapes, path: Path) -> dict[str, Any]:
-    patch = _shape(shapes, "vision_model.embeddings.patch_embedding.weight", 4, path)
-    positions = _shape(shapes, "vision_model.embeddings.position_embedding.weight", 2, path)[0]
+    patch = require_shape(shapes, "vision_model.embeddings.patch_embedding.weight", 4, path)
+    positions = require_shape(shapes, "vision_model.embeddings.position_embedding.weight", 2, path)[0]
     return {
         "hidden_size": patch[0],
         "image_size": math.isqrt(max(0, positions - 1)) * patch[2],
-        "intermediate_size": _shape(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2, path)[0],
+        "intermediate_size": require_shape(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2, path)[0],
         "model_type": "clip_vision_model",
         "num_attention_heads": _heads(patch[0], CLIP_HEAD, "vision tower", path),
         "num_hidden_layers": _depth(shapes, "vision_model.encoder.layers"),
@@ -105,16 +105,16 @@ def _vision_config(shapes: Shapes, path: Path) -> dict[str, Any]:
 
 def clip_config(shapes: Shapes, path: Path) -> dict[str, Any]:
     """CLIP's text side. End token 2 is the released spelling of "the highest id of the sequence"."""
-    vocabulary, width = _shape(shapes, "text_model.embeddings.token_embedding.weight", 2, path)
+    vocabulary, width = require_shape(shapes, "text_model.embeddings.token_embedding.weight", 2, path)
     return {
         "architectures": ["CLIPTextModel"],
         "bos_token_id": 0,
         "eos_token_id": 2,
         "hidden_act": "quick_gelu",
         "hidden_size": width,
-        "intermediate_size": _shape(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 2, path)[0],
+        "intermediate_size": require_shape(shapes, "text_model.encoder.layers.0.mlp.fc1.weight", 2, path)[0],
         "layer_norm_eps": 1e-05,
-        "max_position_embeddings": _shape(shapes, "text_model.embeddings.position_embedding.weight", 2, path)[0],
+        "max_position_embeddings": require_shape(shapes, "text_model.embeddings.position_embedding.weight", 2, path)[0],
         "model_type": "clip_text_model",
         "num_attention_heads": _heads(width, CLIP_HEAD, "CLIP", path),
         "num_hidden_layers": _depth(shapes, "text_model.encoder.layers"),
@@ -126,9 +126,10 @@ def clip_config(shapes: Shapes, path: Path) -> dict[str, Any]:
 
 def clip_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """CLIP's text side of a config.json that may describe the whole model."""
-    if not isinstance(config.get("text_config"), dict):
+    text, more = config.get("text_config"), config.get("text_config_dict")
+    if not isinstance(text, dict):
         return config
-    return {"model_type": "clip_text_model", **config["text_config"], **(config.get("text_config_dict") or {})}
+    return {"model_type": "clip_text_model", **text, **(more if isinstance(more, dict) else {})}
 
 
 def _heads(width: int, head: int, what: str, path: Path) -> int:
@@ -140,7 +141,8 @@ def _heads(width: int, head: int, what: str, path: Path) -> int:
     return width // head
 
 
-def _shape(shapes: Shapes, name: str, dimensions: int, path: Path) -> tuple[int, ...]:
+def require_shape(shapes: Shapes, name: str, dimensions: int, path: Path) -> tuple[int, ...]:
+    """A tensor's shape. Raises CheckpointError if it is not there, or has not so many dimensions."""
     shape = shapes.get(name)
     if shape is None or len(shape) != dimensions:
         found = "is missing" if shape is None else f"is {list(shape)}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.errors import CheckpointError, PlatformError
+from lowvram_i2v.safetensors_file import LARGEST_NUMBER, MOST_DIMENSIONS
 
 REMEDY = "It is truncated or damaged: download or copy it again."
 TYPES = {  # number: (name, values in a block, bytes of a block)
@@ -42,7 +43,6 @@ LONGEST_NAME = 1024
 LONGEST_STRING = 16 * 2**20
 LONGEST_KEPT_ARRAY = 64
 MOST_STRINGS = 4_000_000  # in an array: vocabularies and merges have under 1 000 000
-MOST_DIMENSIONS = 8
 VALUES_AT_ONCE = 2**21
 
 
@@ -114,6 +114,8 @@ class _Reader:
         if dimensions > MOST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
         shape = tuple(reversed([self.number("<Q") for _ in range(dimensions)]))
+        if max(shape, default=0) > LARGEST_NUMBER:
+            raise ValueError(f"{name} is {list(shape)}")
         kind, at = self.number("<I"), self.number("<Q")
         if kind not in TYPES:
             raise ValueError(f"{name} has the unknown type {kind}")

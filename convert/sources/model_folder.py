@@ -15,6 +15,7 @@ from torch import Tensor
 from lowvram_i2v.checkpoint import TOKENIZERS, component_file, raise_listed, read_records
 from lowvram_i2v.convert.shapes import Shapes, llava_shapes, transformer_shapes
 from lowvram_i2v.convert.sources import ComponentSource, Hints, LazyTensor
+from lowvram_i2v.convert.sources.tokenizer_files import require_small
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.kernels.scheme import QuantScheme, is_marker, scheme_of_dtype
@@ -40,7 +41,9 @@ def open_components(folder: Path, components: tuple[str, ...], hints: Hints) -> 
     for component in components:
         path = folder / component_file(component)
         tokenizer = folder / TOKENIZERS.get(component, "")
-        files = sorted(tokenizer.iterdir()) if component in TOKENIZERS and tokenizer.is_dir() else []
+        found_files = tokenizer.iterdir() if component in TOKENIZERS and tokenizer.is_dir() else ()
+        files = sorted(file for file in found_files if file.is_file())
+        require_small(files)
         found[component] = ComponentSource(
             path,
             path.stat().st_size,
@@ -57,6 +60,10 @@ def dequantized(component: str, file: SafetensorsFile, config: dict[str, Any]) -
 
     config: as `model.json` records it; a 4-bit weight's shape is found there only.
     """
+    unread = [
+        f"stored as {entry.dtype}: {name}" for name, entry in file.entries.items() if entry.dtype not in TORCH_DTYPES
+    ]
+    raise_listed(f"{file.path} has tensors that torch cannot hold", unread, "Convert again.")
     stored = {
         name: LazyTensor(entry.shape, getattr(torch, TORCH_DTYPES[entry.dtype]), partial(file.read, name))
         for name, entry in file.entries.items()

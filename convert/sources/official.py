@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lowvram_i2v.checkpoint import raise_listed
 from lowvram_i2v.convert.sources import ComponentSource, Hints, open_component
 from lowvram_i2v.convert.sources.containers import file_tensors, read_json, renamed, shards
+from lowvram_i2v.convert.sources.encoder_configs import clip_text_config
+from lowvram_i2v.convert.sources.tokenizer_files import require_small
 
 MODEL = "hunyuan-video-i2v-720p"
 EXPECTED = (
@@ -138,21 +139,11 @@ def _open(root: Path, component: str, hints: Hints) -> ComponentSource:
     tokenizer += [
         folder / name for name in place.optional if (folder / name).is_file() and folder / name not in tokenizer
     ]
+    require_small(tokenizer)
     return ComponentSource(
         path=weights,
         bytes=sum(path.stat().st_size for path in files),
         tensors=renamed(file_tensors(weights), place.rename, weights, EXPECTED),
-        config=_text_config(config) if component == "text_encoder_2" else config,
+        config=clip_text_config(config) if component == "text_encoder_2" else config,
         tokenizer=tuple(tokenizer),
     )
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """CLIP's text side of a config.json that may describe the whole model."""
-    if not isinstance(config.get("text_config"), dict):
-        return config
-    return {
-        "model_type": "clip_text_model",
-        **config["text_config"],
-        **(config.get("text_config_dict") or {}),
-    }

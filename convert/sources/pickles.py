@@ -41,7 +41,6 @@ HARMLESS = re.compile(
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
     r"|torch\._tensor _rebuild_from_type_v2"
     r"|torch\.serialization _get_layout"
-    r"|_codecs encode"
 )
 REMEDY = "It is truncated, damaged, or holds code, which is never run. Download or copy it again."
 

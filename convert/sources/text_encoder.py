@@ -39,7 +39,7 @@ from lowvram_i2v.convert.sources.component_files import (
     require_match,
 )
 from lowvram_i2v.convert.sources.containers import DOWNLOAD, GGUF, Container
-from lowvram_i2v.convert.sources.encoder_configs import gguf_llama, llava_config
+from lowvram_i2v.convert.sources.encoder_configs import gguf_llama, llava_config, require_shape
 from lowvram_i2v.convert.sources.gguf_vocabulary import read_vocabulary
 from lowvram_i2v.convert.sources.quantization import Decoded, decode
 from lowvram_i2v.convert.sources.tokenizer_files import (
@@ -211,7 +211,8 @@ def _unpermuted(tensors: dict[str, LazyTensor], known: dict[str, Any], path: Pat
     for name, tensor in tensors.items():
         kind = name.split(".")[-2] if name.startswith("model.layers.") else ""
         count = heads.get(kind)
-        if kind in heads and (type(count) is not int or count < 1 or tensor.shape[0] % (2 * count)):
+        rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+        if kind in heads and (type(count) is not int or count < 1 or rows % (2 * count)):
             raise CheckpointError(
                 f"{path}: {count} heads in its key-values do not fit {name} {list(tensor.shape)}", REMEDY
             )
@@ -247,9 +248,10 @@ def _config(weights: Container, path: Path, hints: Hints, shapes: Shapes, ids: d
     """The released config.json where one lies with the weights or the tokenizer, else one made from the shapes."""
     places = [config_beside(place) for place in (hints.config, path, hints.tokenizer)]
     places.append(_config_inside(weights.metadata))
-    if beyond := [f"{token} ({number})" for token, number in ids.items() if number >= shapes[EMBEDDINGS][0]]:
+    rows = require_shape(shapes, EMBEDDINGS, 2, path)[0]
+    if beyond := [f"{token} ({number})" for token, number in ids.items() if number >= rows]:
         raise CheckpointError(
-            f"{path} has {shapes[EMBEDDINGS][0]} embeddings, the tokenizer knows {', '.join(beyond)}",
+            f"{path} has {rows} embeddings, the tokenizer knows {', '.join(beyond)}",
             "Take both from the same release.",
         )
     config = next((found for found in places if found.get("model_type") == "llava"), None)

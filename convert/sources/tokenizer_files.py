@@ -13,12 +13,14 @@ no released file of these two encoders uses.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvram_i2v.checkpoint import raise_listed
 from lowvram_i2v.convert.sources import SmallFile
+from lowvram_i2v.convert.sources.containers import LARGEST_JSON
 from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.text.template import MARKS
 
@@ -64,8 +66,16 @@ def tokenizer_files(folder: Path, alternatives: tuple[tuple[str, ...], ...]) -> 
     for group in alternatives:
         files = [folder / name for name in group]
         if all(file.is_file() for file in files):
-            return (*files, *(folder / name for name in OPTIONAL if (folder / name).is_file()))
+            files += [folder / name for name in OPTIONAL if (folder / name).is_file()]
+            require_small(files)
+            return tuple(files)
     return ()
+
+
+def require_small(files: Iterable[Path]) -> None:
+    """Raises CheckpointError for a file that is too large to be a tokenizer's."""
+    large = [f"{file}: {size} bytes" for file in files if (size := file.stat().st_size) > LARGEST_JSON]
+    raise_listed("files too large for a tokenizer's", large, f"At most {LARGEST_JSON} bytes are read.")
 
 
 def template_ids(files: tuple[SmallFile, ...], source: Path) -> dict[str, int]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from lowvram_i2v.errors import CheckpointError
+
+MOST_BLOCKS = 1000
+LARGEST_SIZE = 2**20
+REMEDY = "Convert the weights again."
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,28 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        """The inverse of `to_dict`; unknown keys are an error."""
+        """The inverse of `to_dict`. Raises CheckpointError for unknown keys and values that cannot be built."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        if unknown := sorted(set(plain) - {field.name for field in fields(cls)}):
+            raise CheckpointError(f"the transformer's config has other keys: {', '.join(unknown)}", REMEDY)
+        config = cls(**plain)
+        for name, default in asdict(cls()).items():
+            if not _is_like(default, getattr(config, name)):
+                raise CheckpointError(f"the transformer's config: {name} is {getattr(config, name)!r:.50}", REMEDY)
+        depth = max(config.double_blocks, config.single_blocks, config.refiner_blocks)
+        if depth > MOST_BLOCKS or config.hidden_size % config.heads or sum(config.rope_dims) != config.head_dim:
+            raise CheckpointError(f"the transformer's config cannot be built: {config}", REMEDY)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Of the same type and length, and in 0..LARGEST_SIZE; a whole number may stand for a broken one."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_is_like, default, value))
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    kinds = (int, float) if isinstance(default, float) else (int,)
+    return type(value) in kinds and 0 < value <= LARGEST_SIZE

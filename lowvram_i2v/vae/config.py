@@ -17,6 +17,7 @@ from lowvram_i2v.errors import CheckpointError
 # Block 3 keeps its size.
 BLOCK_STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 BLOCKS = len(BLOCK_STRIDES) + 1
+LARGEST_SIZE, MOST_LAYERS = 2**20, 100  # of what is built; the released VAE has 512 channels and 2 layers a block
 
 _REQUIRED = ("latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups", "scaling_factor")
 _SUPPORTED = {
@@ -55,8 +56,10 @@ class VaeConfig:
         sizes = {field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"}
         sizes |= {f"block_out_channels[{index}]": width for index, width in enumerate(channels)}
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise _refused(f"{name} {size!r} is not a whole number above 0")
+            if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
+                raise _refused(f"{name} {size!r:.50} is not a whole number in 1..{LARGEST_SIZE}")
+        if self.layers_per_block > MOST_LAYERS:
+            raise _refused(f"layers_per_block {self.layers_per_block} is above {MOST_LAYERS}")
         if uneven := [width for width in channels if width % self.norm_num_groups]:
             raise _refused(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels {uneven}")
         if not isinstance(self.scaling_factor, int | float) or not 0 < self.scaling_factor < float("inf"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
 import resource
 import select
 import shutil
@@ -23,7 +24,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ from lowvram_i2v.checkpoint import component_file, open_model, read_records
 from lowvram_i2v.convert.convert import convert
 from lowvram_i2v.convert.inspect import inspect
 from lowvram_i2v.convert.origin import EXPECTED, Component, Origin
-from lowvram_i2v.convert.shapes import vae_shapes
+from lowvram_i2v.convert.shapes import transformer_shapes, vae_shapes
 from lowvram_i2v.convert.sources import ComponentSource
 from lowvram_i2v.convert.sources.pieces import Pieces
 from lowvram_i2v.convert.verify import verify
 from lowvram_i2v.convert.writer import PART
+from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import LowVramError
 from lowvram_i2v.kernels.scheme import SCHEMES, is_marker
 from lowvram_i2v.synth import synth
@@ -75,10 +77,6 @@ class Subject:
     sources: tuple[str, ...]
     damaged: tuple[str, ...]
     vision: Path | None = None
-
-    @property
-    def is_model(self) -> bool:
-        return (self.folder / "model.json").is_file()
 
 
 def _transformer(folder: Path, name: str, save: Callable[[Path], object]) -> Subject:
@@ -115,11 +113,12 @@ def _llama_gguf(folder: Path) -> Subject:
     config = json.loads((encoder_layouts.LLAVA_FOLDER / "config.json").read_text())["text_config"]
     config = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-5, "rope_theta": 5e5} | config
     encoder_layouts.save_gguf(tensors, config, folder / "llama.gguf")
+    shutil.copy(encoder_layouts.LLAVA_FOLDER / "config.json", folder)
     vision = encoder_layouts.save(encoder_layouts.vision(tensors), folder / "vision.safetensors")
     return Subject("text_encoder", folder, ("llama.gguf",), ("llama.gguf",), vision)
 
 
-def _encoder(folder: Path, component: str, inside: str, *weights: str) -> Subject:
+def _encoder(folder: Path, component: str, inside: str, weights: tuple[str, ...]) -> Subject:
     """One folder of the released tree."""
     synth(folder, "tiny", "token_replace", (component,))
     small = ("config.json", *(name for name in ("tokenizer.json",) if (folder / inside / name).is_file()))
@@ -150,25 +149,23 @@ def _model(folder: Path) -> Subject:
     return Subject("transformer", model, ("",), names)
 
 
-NAME = "hunyuan_i2v"
+NAME, SHARDS = "hunyuan_i2v", ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "released": partial(_transformer, name=f"{NAME}.pt", save=lambda path: torch.save({"module": _state()}, path)),
-    "official names": partial(_transformer, name=f"{NAME}.safetensors", save=lambda path: write(_state(), path)),
+    "released": partial(
+        _transformer, name=f"{NAME}.pt", save=lambda path: torch.save({"module": official_state(CONFIG)}, path)
+    ),
+    "official names": partial(
+        _transformer, name=f"{NAME}.safetensors", save=lambda path: write(official_state(CONFIG), path)
+    ),
     "comfy fp8": partial(_transformer, name=f"{NAME}.safetensors", save=_save_comfy_fp8),
     "quanto": partial(_transformer, name=f"{NAME}.safetensors", save=_save_quanto),
     "gguf": partial(_transformer, name=f"{NAME}.gguf", save=_save_gguf),
     "llama gguf": _llama_gguf,
-    "llava": lambda folder: _encoder(
-        folder, "text_encoder", "text_encoder_i2v", "model-00001-of-00002.safetensors", "model.safetensors.index.json"
-    ),
-    "clip": lambda folder: _encoder(folder, "text_encoder_2", "text_encoder_2", "model.safetensors"),
+    "llava": partial(_encoder, component="text_encoder", inside="text_encoder_i2v", weights=SHARDS),
+    "clip": partial(_encoder, component="text_encoder_2", inside="text_encoder_2", weights=("model.safetensors",)),
     "vae": _vae,
     "model folder": _model,
 }
-
-
-def _state() -> dict[str, torch.Tensor]:
-    return official_state(CONFIG)
 
 
 # ----------------------------------------------------------------------------------------------------------- mutations
@@ -205,13 +202,7 @@ EDITS = st.lists(
 )
 
 
-def mutated(name: str, data: bytes, edits: list[Edit]) -> bytes:
-    for edit in edits:
-        data = _edited(name, data, edit)
-    return data
-
-
-def _edited(name: str, data: bytes, edit: Edit) -> bytes:
+def edited(name: str, data: bytes, edit: Edit) -> bytes:
     """Where an edit's kind does not fit the file, other bytes of the header."""
     if edit.kind == "value" and (spliced := _with_value(name, data, edit)) is not None:
         return spliced
@@ -219,7 +210,7 @@ def _edited(name: str, data: bytes, edit: Edit) -> bytes:
         try:
             return _with_pickle(data, edit)
         except (zipfile.BadZipFile, StopIteration, OSError, ValueError, NotImplementedError, EOFError):
-            pass  # another edit has damaged the archive
+            return data[: edit.place % len(data)]  # another edit has damaged the archive
     if edit.kind == "cut":
         return data[: edit.place % max(1, len(data))]
     start, end = _header(data, edit)
@@ -227,11 +218,8 @@ def _edited(name: str, data: bytes, edit: Edit) -> bytes:
     if edit.kind == "number":
         at, size = (at // 8 * 8 if edit.choice & 1 else at), SIZES[edit.choice // 2 % len(SIZES)]
         return data[:at] + struct.pack("<Q", size) + data[at + 8 :]
-    if edit.kind == "insert":
-        return data[:at] + edit.data + data[at:]
-    if edit.kind == "remove":
-        return data[:at] + data[at + len(edit.data) :]
-    return data[:at] + edit.data + data[at + len(edit.data) :]
+    new, old = b"" if edit.kind == "remove" else edit.data, 0 if edit.kind == "insert" else len(edit.data)
+    return data[:at] + new + data[at + old :]
 
 
 def _header(data: bytes, edit: Edit) -> tuple[int, int]:
@@ -314,8 +302,6 @@ CODE = (
     _call("posix", "system", TOUCH),
     _call("builtins", "eval", f"open('{CANARY}', 'w')"),
     _call("__builtin__", "exec", f"open('{CANARY}', 'w')"),
-    _call("torch", "load", CANARY),
-    _call("torch.hub", "load", TOUCH),
     b"(" + _text(TOUCH) + b"ios\nsystem\n",
     _text("os") + _text("system") + b"\x93(" + _text(TOUCH) + b"tR",
     b"ccollections\nOrderedDict\n)R}" + _text("__reduce__") + _call("os", "system", TOUCH) + b"sb",
@@ -327,8 +313,6 @@ CODE = (
 
 def _with_pickle(archive: bytes, edit: Edit) -> bytes:
     """A torch archive, with a call or other bytes put between two opcodes of its pickle."""
-    import pickletools
-
     with zipfile.ZipFile(BytesIO(archive)) as file:
         records = {info.filename: file.read(info) for info in file.infolist()}
     name = next(name for name in records if name.endswith("data.pkl"))
@@ -366,7 +350,8 @@ def judge(request: dict[str, Any]) -> str:
     before = _snapshot(destination)
     fault, converted = _attempt(lambda: convert(origin, destination, request["scheme"], (component,)))
     if not fault and converted:
-        fault, _ = _attempt(lambda: _check_file(destination, component))
+        fault, readable = _attempt(lambda: _check_file(destination, component))
+        fault = fault or ("" if readable else "what was written cannot be read")
     if not fault and not converted and _snapshot(destination) != before:
         fault = f"refused, and left {_snapshot(destination)} where {before} was"
     return fault or "".join(f"left {path}" for path in destination.rglob(f"*{PART}"))
@@ -397,9 +382,6 @@ def _check_file(folder: Path, component: str) -> None:
         shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
     source = ComponentSource(folder, 0, {}, record.config)
     if component == "transformer":
-        from lowvram_i2v.convert.shapes import transformer_shapes
-        from lowvram_i2v.dit.config import TransformerConfig
-
         expected = transformer_shapes(TransformerConfig.from_dict(record.config))
     else:
         expected = EXPECTED[component](Component(component, source, record.config, None))
@@ -448,7 +430,7 @@ class Judge:
             self.process = None
 
     def ask(self, source: str, fresh: bool, seconds: float = SECONDS) -> str:
-        destination = self.folder / "destination"
+        destination, is_model = self.folder / "destination", (self.subject.folder / "model.json").is_file()
         if fresh:
             shutil.rmtree(destination, ignore_errors=True)
         request = {
@@ -456,12 +438,10 @@ class Judge:
             "vision": str(self.subject.vision or ""),
             "destination": str(destination),
             "component": self.subject.component,
-            "is_model": self.subject.is_model,
-            "scheme": "bf16" if self.subject.is_model else "int8",
+            "is_model": is_model,
+            "scheme": "bf16" if is_model else "int8",
         }
-        assert self.process is not None
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+        assert self.process and self.process.stdin and self.process.stdout  # noqa: PT018
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         while True:
@@ -483,7 +463,7 @@ class Judge:
         if self.process is None:
             self.start()
         path = self.subject.folder / file
-        path.write_bytes(mutated(path.name, self.good[file], edits))
+        path.write_bytes(reduce(partial(edited, path.name), edits, self.good[file]))
         try:
             return self.ask(source, fresh)
         finally:
