@@ -105,8 +105,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: the safetensors metadata is damaged", "Copy it again.")
-    if any(not name.isprintable() for name in header):
-        raise CheckpointError(f"{path}: the header has names of tensors that cannot be printed", "Copy it again.")
+    if any("\ud800" <= mark <= "\udfff" for name in header for mark in name):
+        raise CheckpointError(f"{path}: the header has names of tensors that are not Unicode", "Copy it again.")
     entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):

@@ -99,6 +99,8 @@ def _load(path: Path, device: str = "meta") -> tuple[Any, dict[int, int] | None]
         return torch.load(path, map_location=device, weights_only=True), records
     except Exception as error:  # a damaged pickle raises anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # torch goes on to recommend the loader that runs code
+            reason = "it holds something other than tensors"
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as weights: {reason:.300}", REMEDY
         ) from error
