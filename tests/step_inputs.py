@@ -1,15 +1,17 @@
-"""Random inputs of the transformer's `predict`, of the right shapes: for what does not depend on the values."""
+"""Random inputs of the transformer's `predict`, of the right shapes, and steps that walk through them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowvram_i2v.dit.conditioning import FINAL_PARTS, IMG_PARTS, SINGLE_PARTS, TXT_PARTS, StepConditioning
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.rope import rope_table, token_grid
+from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,22 @@ def random_inputs(
     return Inputs(
         normal(config.in_channels, t, 2 * h, 2 * w).to(device), conditioning, (cos.to(device), sin.to(device))
     )
+
+
+@torch.inference_mode()
+def walk(transformer: HunyuanVideoTransformer, inputs: Inputs, stream: Iterable[nn.Module] | None) -> list[Tensor]:
+    """The velocity of each step, on the device; the next step's latents come from it. Waits for nothing."""
+    latents, velocities = inputs.latents, []
+    for step in inputs.steps:
+        velocities.append(transformer.predict(latents, step, inputs.rope, stream))
+        latents = latents.clone()
+        latents[: len(velocities[-1])] += 0.1 * velocities[-1]
+    return velocities
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Bit for bit, and finite."""
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)

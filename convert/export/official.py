@@ -30,7 +30,7 @@ def plan(component: Component) -> list[OutputFile]:
     made = layout(component.name, "bf16", component.source.tensors)
     if component.name == "transformer":
         return [OutputFile(f"{MODEL}/transformers/mp_rank_00_model_states.pt", made, save=_save_wrapped)]
-    config = json.dumps(vae_config(component.config), indent=2)
+    config = json.dumps(VaeConfig.from_dict(component.config).to_official(), indent=2)
     return [
         OutputFile(f"{MODEL}/vae/pytorch_model.pt", made, save=save),
         OutputFile(f"{MODEL}/vae/config.json", text=config),
@@ -56,26 +56,3 @@ def save(path: Path, made: Layout, advance: Advance, wrapper: str | None = None)
     tensors = {tensor.name: tensor for tensor in made.tensors}
     with path.open("rb+") as file:
         run_jobs(made, Sink(file.fileno(), offsets, tensors), CPU, advance)
-
-
-def vae_config(values: dict[str, Any]) -> dict[str, Any]:
-    """The released config.json."""
-    config = VaeConfig.from_dict(values)
-    blocks = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKLCausal3D",
-        "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
-        "down_block_types": ["DownEncoderBlockCausal3D"] * blocks,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": True,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": config.out_channels,
-        "sample_size": config.sample_size,
-        "sample_tsize": config.sample_tsize,
-        "scaling_factor": config.scaling_factor,
-        "time_compression_ratio": config.time_ratio,
-        "up_block_types": ["UpDecoderBlockCausal3D"] * blocks,
-    }

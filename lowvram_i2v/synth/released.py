@@ -23,7 +23,7 @@ from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.convert.writer import replacing, require_space, require_writable, write_safetensors
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
-from lowvram_i2v.synth.sizes import SIZES, Size, clip_json, llava_json, transformer_config, vae_json
+from lowvram_i2v.synth.sizes import SIZES, Size, clip_json, llava_json, transformer_config
 from lowvram_i2v.synth.tokenizers import write_clip_tokenizer, write_llava_tokenizer
 from lowvram_i2v.synth.weights import random_tensors
 from lowvram_i2v.variant import VARIANTS, Variant
@@ -164,7 +164,7 @@ def _clip_files(folder: Path, size: Size) -> None:
 
 
 def _vae_files(folder: Path, size: Size) -> None:
-    _write_json(folder / "config.json", vae_json(size.vae))
+    _write_json(folder / "config.json", size.vae.to_official())
 
 
 CONFIGS: dict[str, Callable[[Path, Size], None]] = {

@@ -89,28 +89,6 @@ def transformer_config(size: Size, variant: Variant) -> TransformerConfig:
     )
 
 
-def vae_json(config: VaeConfig) -> dict[str, Any]:
-    """The released VAE's config.json."""
-    blocks = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKLCausal3D",
-        "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
-        "down_block_types": ["DownEncoderBlockCausal3D"] * blocks,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": True,
-        "norm_num_groups": config.norm_num_groups,
-        "out_channels": config.out_channels,
-        "sample_size": config.sample_size,
-        "sample_tsize": config.sample_tsize,
-        "scaling_factor": config.scaling_factor,
-        "time_compression_ratio": config.time_ratio,
-        "up_block_types": ["UpDecoderBlockCausal3D"] * blocks,
-    }
-
-
 def llava_json(size: Size, ids: dict[str, int]) -> dict[str, Any]:
     """LLaVA's config.json. ids: of the tokens "begin", "end", "image" and "pad"."""
     return {

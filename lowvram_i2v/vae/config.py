@@ -103,6 +103,27 @@ class VaeConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def to_official(self) -> dict[str, Any]:
+        """The released config.json: what `from_official` reads."""
+        blocks = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKLCausal3D",
+            "act_fn": "silu",
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": ["DownEncoderBlockCausal3D"] * blocks,
+            "in_channels": self.in_channels,
+            "latent_channels": self.latent_channels,
+            "layers_per_block": self.layers_per_block,
+            "mid_block_add_attention": True,
+            "norm_num_groups": self.norm_num_groups,
+            "out_channels": self.out_channels,
+            "sample_size": self.sample_size,
+            "sample_tsize": self.sample_tsize,
+            "scaling_factor": self.scaling_factor,
+            "time_compression_ratio": self.time_ratio,
+            "up_block_types": ["UpDecoderBlockCausal3D"] * blocks,
+        }
+
 
 def _refused(what: str) -> CheckpointError:
     return CheckpointError(f"VAE config: {what}.", "Use the config.json that was released with the VAE weights.")

@@ -51,7 +51,6 @@ from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import LowVramError
 from lowvram_i2v.kernels.scheme import SCHEMES, is_marker
 from lowvram_i2v.synth import synth
-from lowvram_i2v.synth.sizes import vae_json
 from lowvram_i2v.synth.weights import random_tensors
 from lowvram_i2v.vae.config import VaeConfig
 
@@ -131,7 +130,7 @@ def _vae(folder: Path) -> Subject:
     place.mkdir(parents=True)
     made = random_tensors("vae", vae_shapes(VAE), torch.float16, 3, torch.device("cpu"))
     torch.save({name: tensor.read() for name, tensor in made.items()}, place / "pytorch_model.pt")
-    (place / "config.json").write_text(json.dumps(vae_json(VAE)))
+    (place / "config.json").write_text(json.dumps(VAE.to_official()))
     names = (f"{TREE_VAE}/pytorch_model.pt", f"{TREE_VAE}/config.json")
     return Subject("vae", folder, ("", TREE_VAE), names)
 

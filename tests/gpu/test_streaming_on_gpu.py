@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from step_inputs import Inputs, random_inputs
+from step_inputs import Inputs, assert_same, random_inputs, walk
 from tiny_models import Made
 from tiny_models import model_once as model_once
 from tiny_models import released_once as released_once
@@ -77,24 +77,6 @@ def inputs_of(opened: ModelFolder) -> Inputs:
     return random_inputs(
         opened.header.transformer, size=(128, 96), frames=9, steps=STEPS, device=cuda(), dtype=torch.bfloat16
     )
-
-
-@torch.inference_mode()
-def walk(transformer: HunyuanVideoTransformer, inputs: Inputs, stream: Stream) -> list[Tensor]:
-    """The velocity of each step, on the device; the next step's latents come from it. Waits for nothing."""
-    latents, velocities = inputs.latents, []
-    for step in inputs.steps:
-        velocities.append(transformer.predict(latents, step, inputs.rope, stream))
-        latents = latents.clone()
-        latents[: len(velocities[-1])] += 0.1 * velocities[-1]
-    return velocities
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.isfinite().all()
-        assert torch.equal(one, other)
 
 
 SCHEMES = pytest.mark.parametrize("scheme", ["bf16", "int8", "fp8", "nf4"])

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from copy_queues import DelayedCopy
-from step_inputs import Inputs, random_inputs
+from step_inputs import Inputs, assert_same, random_inputs, walk
 from tiny_models import Made
 from tiny_models import model_once as model_once
 from tiny_models import released_once as released_once
-from torch import Tensor, nn
+from torch import nn
 
 from lowvram_i2v import pipeline
 from lowvram_i2v.checkpoint import ModelFolder, open_model
@@ -73,24 +73,6 @@ def inputs_of(opened: ModelFolder, dtype: torch.dtype) -> Inputs:
     return random_inputs(
         opened.header.transformer, size=(64, 48), frames=5, steps=STEPS, device=CPU, dtype=dtype, text_tokens=7
     )
-
-
-@torch.inference_mode()
-def walk(transformer: HunyuanVideoTransformer, inputs: Inputs, stream: BlockStream[int] | None) -> list[Tensor]:
-    """The velocity of each step; the next step's latents come from it."""
-    latents, velocities = inputs.latents, []
-    for step in inputs.steps:
-        velocities.append(transformer.predict(latents, step, inputs.rope, stream))
-        latents = latents.clone()
-        latents[: len(velocities[-1])] += 0.1 * velocities[-1]
-    return velocities
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.isfinite().all()
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("variant", ["token_replace", "latent_concat"])
