@@ -9,8 +9,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.core
 	$(BIN)/lowvram-i2v demo --folder demo_out
 
+# One thread a worker: two workers with two threads each get in each other's way.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

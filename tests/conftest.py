@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads of torch at most, reproducible property tests, GPU tests skipped without a GPU."""
+"""Shared by all tests: few threads of torch, reproducible property tests, GPU tests skipped without a GPU."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 settings.register_profile("repo", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repo")
 
