@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -201,17 +200,3 @@ def cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
             "These are not the released weights, or they are damaged: download them again.",
         )
     return result
-
-
-def stored(component: str, scheme: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The file's tensors, each made when it is read. For a writer that knows no jobs."""
-    plan = layout(component, scheme, tensors)
-    jobs = {name: job for job in plan.jobs for name in job.names}
-    return {
-        tensor.name: LazyTensor(tensor.shape, tensor.dtype, partial(_only, jobs[tensor.name], tensor.name))
-        for tensor in plan.tensors
-    }
-
-
-def _only(job: Job, name: str) -> Tensor:
-    return job.produce()[name]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from goldens import FOLDER, Sampled, golden, names, relative_l2
 from lowvram_i2v.checkpoint import ModelFolder
-from lowvram_i2v.convert.policy import stored
+from lowvram_i2v.convert.policy import layout
 from lowvram_i2v.convert.sources import ComponentSource
 from lowvram_i2v.convert.sources.pieces import Pieces, open_pieces
-from lowvram_i2v.convert.writer import write_safetensors
+from lowvram_i2v.convert.writer import write_layout
 from lowvram_i2v.safetensors_file import open_safetensors
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name
 from lowvram_i2v.text.encode import pooled_vector, prompt_rows
@@ -53,10 +53,9 @@ def model_folder(folder: Path, sources: dict[str, ComponentSource], scheme: str)
     files = {}
     for component, source in sources.items():
         path = folder / f"{component}.safetensors"
-        tensors = stored(
-            component, scheme if component == "text_encoder" or scheme != "fp8" else "bf16", source.tensors
-        )
-        write_safetensors(path, tensors, {"format": "pt"}, lambda done: None)
+        own = scheme if component == "text_encoder" or scheme != "fp8" else "bf16"
+        made = layout(component, own, source.tensors)
+        write_layout(path, made, {"format": "pt"}, torch.device("cpu"), lambda done: None)
         files[component] = open_safetensors(path)
         tokenizer = folder / component
         tokenizer.mkdir()
