@@ -13,7 +13,7 @@ NaN, depending on the device, so they are clamped first.
 Who reads it: every ComfyUI, unchanged ("scaled fp8"), by the tensor `scaled_fp8` in the file: with 2 elements weights
 are dequantized before the product, with 0 elements it also runs in fp8. Text encoders must have 0 for old versions.
 
-Left out: 8-bit products. `linear` of a scheme dequantizes first; fp8 is never multiplied on a CPU.
+Products of these codes with 8-bit activations are in `w8a8.py`; a CPU makes them in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowvram_i2v.kernels.chunks import SMALLEST, absmax, row_chunks
+from lowvram_i2v.kernels.chunks import SMALLEST, absmax, row_chunks, scaled
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -41,11 +41,16 @@ def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
     return {"weight": codes, "scale_weight": scale}
 
 
-def dequantize(parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    codes, scale = parts["weight"], parts["scale_weight"]
-    weight = torch.empty(shape, dtype=dtype, device=codes.device)
-    for rows in row_chunks(*shape):
-        weight[rows] = codes[rows].float().mul_(scale)
+def dequantize(
+    parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int], rows: slice = slice(None)
+) -> Tensor:
+    codes, scale = (
+        parts["weight"][rows],
+        parts["scale_weight"].view(1, 1),
+    )  # with no dimension, it would be rounded to dtype
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for piece in row_chunks(*codes.shape):
+        scaled(codes[piece], scale, out=weight[piece])
     return weight
 
 

@@ -14,7 +14,7 @@ optimum-quanto's qint8. That library computes scale and quotient in the weight's
 and scales of a float32 weight are the same bits, those of a bfloat16 weight differ by the rounding of quanto's scale.
 A row of zeros has scale 2^-126 here and 0 there.
 
-Left out: 8-bit products. `linear` of a scheme dequantizes first.
+Products of these codes with 8-bit activations are in `w8a8.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import json
 import torch
 from torch import Tensor
 
-from lowvram_i2v.kernels.chunks import SMALLEST, absmax, row_chunks
+from lowvram_i2v.kernels.chunks import SMALLEST, absmax, row_chunks, scaled
 
 LARGEST = 127
 
@@ -46,11 +46,13 @@ def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
     return {"weight": codes, "weight_scale": scale}
 
 
-def dequantize(parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    codes, scale = parts["weight"], parts["weight_scale"]
-    weight = torch.empty(shape, dtype=dtype, device=codes.device)
-    for rows in row_chunks(*shape):
-        weight[rows] = codes[rows].float().mul_(scale[rows])
+def dequantize(
+    parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int], rows: slice = slice(None)
+) -> Tensor:
+    codes, scale = parts["weight"][rows], parts["weight_scale"][rows]
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for piece in row_chunks(*codes.shape):
+        scaled(codes[piece], scale[piece], out=weight[piece])
     return weight
 
 

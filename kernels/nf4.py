@@ -17,6 +17,8 @@ scale 0, and in the shorter one 1e-38.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,15 +77,22 @@ def quantize(weight: Tensor, name: str) -> dict[str, Tensor]:
     return made
 
 
-def dequantize(parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    packed, scales = parts["weight"].view(-1), parts["absmax"]
-    weight = torch.empty(shape, dtype=dtype, device=packed.device)
-    flat, pairs = weight.view(-1), _pairs(packed.device)
-    for blocks in row_chunks(len(scales), BLOCK):
-        start, stop = blocks.start * BLOCK, min(blocks.stop * BLOCK, len(flat))
-        values = pairs.index_select(0, packed[start // 2 : (stop + 1) // 2].int()).view(-1)
-        values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK) * scales[blocks, None]
-        flat[start:stop] = values.view(-1)[: stop - start]
+def dequantize(
+    parts: dict[str, Tensor], dtype: torch.dtype, shape: tuple[int, int], rows: slice = slice(None)
+) -> Tensor:
+    packed, scales, pairs = parts["weight"].view(-1), parts["absmax"], _pairs(parts["weight"].device)
+    first, end, _ = rows.indices(shape[0])
+    weight = torch.empty((end - first, shape[1]), dtype=dtype, device=packed.device)
+    flat, start, stop = weight.view(-1), first * shape[1], end * shape[1]  # of the run of values, these are wanted
+    begin = start // BLOCK
+    for piece in row_chunks(-(-stop // BLOCK) - begin, BLOCK):
+        blocks = slice(begin + piece.start, begin + piece.stop)
+        at, to = blocks.start * BLOCK, blocks.stop * BLOCK
+        values = pairs.index_select(0, packed[at // 2 : to // 2].int()).view(-1)
+        _scale(values, scales[blocks])
+        low, high = max(at, start), min(to, stop)
+        flat[low - start : high - start] = values[low - at : high - at]
+        del values  # before the next are made
     return weight
 
 
@@ -105,7 +114,19 @@ def _packed(scaled: Tensor) -> Tensor:
     return (indices[0::2] << 4) | indices[1::2]
 
 
+def _scale(values: Tensor, scales: Tensor) -> None:
+    """Multiplies each block of a run of values, of which the last may be shorter, by its scale."""
+    whole = len(values) // BLOCK
+    values[: whole * BLOCK].view(-1, BLOCK).mul_(scales[:whole, None])
+    if whole < len(scales):
+        values[whole * BLOCK :].mul_(scales[whole])
+
+
+@cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two values of each byte, [256, 2] float32: a byte is looked up once."""
-    table, byte = torch.tensor(TABLE, device=device), torch.arange(256, device=device)
-    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
+    """The two values of each byte, [256, 2] float32: a byte is looked up once. Made of constants, because a table from
+    the host would be waited for; and not while inference mode is on, to be of use outside of it."""
+    with torch.inference_mode(False):
+        table = torch.stack([torch.full((), value, device=device) for value in TABLE])
+        byte = torch.arange(256, device=device)
+        return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)

@@ -1,6 +1,6 @@
 """RMS norm of queries or keys over the head's channels, then rotary embedding of the image tokens.
 
-Plain-torch definition in float32, differentiable, the oracle for any fused kernel registered beside it. Rotary pairs
+`qk_norm_rope` is the plain-torch definition in float32, differentiable, the oracle for all other forms. Rotary pairs
 are neighbouring channels (0,1), (2,3), ...; tokens beyond the table (text) are normalized and not rotated.
 """
 
@@ -20,6 +20,33 @@ def qk_norm_rope(x: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None) 
         return normed.to(x.dtype)
     rotated = rotate_pairs(normed[: len(rope[0])], *rope).to(x.dtype)
     return torch.cat([rotated, normed[len(rope[0]) :].to(x.dtype)])
+
+
+def qkv_norm_rope_into(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> None:
+    """One product's q, k and v to where attention reads them: q and k as by `qk_norm_rope`, v as it is.
+
+    qkv [tokens, 3 * heads * dim], contiguous; weights [dim]; rope: cos, sin of the first tokens, maybe of none; q, k, v
+    [tokens, heads, dim] are written. No autograd. Makes one float32 copy of q and k; the norm's factor comes last, in
+    the pass that writes.
+    """
+    parts = qkv.view(len(qkv), 3, *q.shape[1:])
+    both = parts[:, :2]
+    factor = torch.linalg.vector_norm(both, dim=-1, keepdim=True, dtype=torch.float32)
+    factor.square_().mul_(1 / q.shape[-1]).add_(EPS).rsqrt_()
+    wide = both * torch.stack([q_weight, k_weight])[:, None].float()
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
+    pairs[: len(rope[0])] *= torch.complex(*rope)[:, None, None]
+    torch.mul(wide[:, 0], factor[:, 0], out=q)
+    torch.mul(wide[:, 1], factor[:, 1], out=k)
+    v.copy_(parts[:, 2])
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Invariants: the layer's state is what the file holds, tensor for tensor; nothing is trained in it; which layers are
 replaced is the caller's decision (the checkpoint's, from the file's dtypes), so `dit` and `text` know no quantization.
+Whoever calls a layer many times with the same weight opens it first (`opened`), quantized or not.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowvram_i2v.kernels.scheme import QuantScheme
+from lowvram_i2v.kernels import compute, w8a8
+from lowvram_i2v.kernels.scheme import Parts, QuantScheme
+
+Rows = Callable[[Tensor], Tensor]
+"""x [tokens, in] -> [tokens, out]: a layer ready for many calls."""
 
 
 class QuantLinear(nn.Module):
@@ -22,19 +28,70 @@ class QuantLinear(nn.Module):
     def __init__(self, scheme: QuantScheme, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.scheme = scheme
+        self.compute = "w8a16"
         self.in_features, self.out_features = in_features, out_features
         self.suffixes = tuple(scheme.parts(out_features, in_features))
         for suffix, (shape, dtype) in scheme.parts(out_features, in_features).items():
             self.register_buffer(suffix, torch.empty(shape, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
+    def parts(self) -> Parts:
+        return {suffix: getattr(self, suffix) for suffix in self.suffixes}
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in x's dtype."""
-        parts = {suffix: getattr(self, suffix) for suffix in self.suffixes}
-        return self.scheme.linear(x, parts, self.bias, (self.out_features, self.in_features))
+        """[..., in] -> [..., out] in x's dtype. With w8a16, differentiable with respect to x."""
+        return opened(self, x.dtype)(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme.name}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme.name}, {self.compute}"
+        )
+
+
+def opened(layer: nn.Module, dtype: torch.dtype, rows: slice = slice(None)) -> Rows:
+    """A linear layer made ready for many calls with the same weight, on x [tokens, in] of `dtype`, the result's too.
+
+    A quantized weight is dequantized once, or in w8a8 not at all; what that takes (`compute.scratch`) is free again
+    when the callable is dropped. The layer's weight must stay in place as long. rows: consecutive output features.
+    """
+    if not isinstance(layer, QuantLinear):
+        assert isinstance(layer, nn.Linear)
+        return _linear(layer.weight[rows].to(dtype), layer.bias, rows)
+    first, end, step = rows.indices(layer.out_features)
+    assert step == 1
+    if compute.is_8_bit(layer.scheme.name, layer.compute, (end - first, layer.in_features)):
+        return _without_derivative(w8a8.prepared(layer.scheme.name, layer.parts(), layer.bias, dtype, rows))
+    shape = (layer.out_features, layer.in_features)
+    return _linear(layer.scheme.dequantize(layer.parts(), dtype, shape, rows), layer.bias, rows)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, rows: slice) -> Rows:
+    part = None if bias is None else bias[rows].to(weight.dtype)
+    return lambda x: F.linear(x, weight, part)
+
+
+def _without_derivative(linear: Rows) -> Rows:
+    def call(x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("8-bit products have no derivative: train with the compute w8a16")
+        with torch.no_grad():
+            return linear(x)
+
+    return call
+
+
+def set_compute(module: nn.Module, name: str, only: Callable[[str], bool] = lambda layer: True) -> None:
+    """Sets how the quantized layers in a module multiply, by a name in `compute.COMPUTES`.
+
+    only: which of them, by their names below the module; the others keep what they have, at first w8a16. Layers called
+    with a few rows, whose errors all tokens share, are best left out of w8a8: modulation.
+
+    Raises RequestError for an unknown name. Whether the card can is `compute.refusal`'s to say, before.
+    """
+    compute.check(name)
+    for path, layer in module.named_modules():
+        if isinstance(layer, QuantLinear) and only(path):
+            layer.compute = name
 
 
 def swap_linears(module: nn.Module, scheme_of: Callable[[str], QuantScheme | None]) -> None:

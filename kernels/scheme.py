@@ -1,8 +1,8 @@
 """Quantization schemes: how one linear layer's weight becomes a few small tensors, and back.
 
-A scheme is one file with five functions (`Format`); the table at the end gives it its name. Weights only: activations
-stay in 16 or 32 bits, and the reference `linear` dequantizes the layer, uses it and drops it (w8a16). That costs one
-layer of scratch memory and, at the token counts of a video, under 1 % of the product's time.
+A scheme is one file with five functions (`Format`); the table at the end gives it its name. Weights only: the reference
+`linear` dequantizes the layer, uses it and drops it (w8a16). That costs one layer of scratch memory and, at the token
+counts of a video, under 1 % of the product's time. Products in 8 bits: `compute.py`.
 
 Invariants: a weight is always 2-D, [out, in]; arithmetic is float32 inside and independent of how the weight is cut
 into pieces; the dtype of the stored `weight` names its scheme, so a file can mix schemes and layers left as they are.
@@ -33,7 +33,7 @@ class Format(Protocol):
 
     def parts(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
     def quantize(self, weight: Tensor, name: str) -> Parts: ...
-    def dequantize(self, parts: Parts, dtype: torch.dtype, shape: Shape) -> Tensor: ...
+    def dequantize(self, parts: Parts, dtype: torch.dtype, shape: Shape, rows: slice = ...) -> Tensor: ...
     def layer_markers(self) -> Parts: ...
     def file_markers(self, component: str) -> Parts: ...
 
@@ -61,9 +61,13 @@ class QuantScheme:
         """
         return self.format.quantize(weight, name)
 
-    def dequantize(self, parts: Parts, dtype: torch.dtype, shape: Shape) -> Tensor:
-        """The weight, `shape` = (out, in), rounded once from float32 to `dtype`."""
-        return self.format.dequantize(parts, dtype, shape)
+    def dequantize(self, parts: Parts, dtype: torch.dtype, shape: Shape, rows: slice = slice(None)) -> Tensor:
+        """The weight, `shape` = (out, in), rounded once from float32 to `dtype`; or consecutive rows of it.
+
+        Nothing waits for the device. Scratch memory beside the result, with `dtype` on a GPU or float32 on a CPU:
+        none, or `compute.scratch`.
+        """
+        return self.format.dequantize(parts, dtype, shape, rows)
 
     def linear(self, x: Tensor, parts: Parts, bias: Tensor | None, shape: Shape) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype, as by a linear layer with the dequantized weight.

@@ -16,6 +16,8 @@ from typing import Any
 
 from lowvram_i2v import __version__
 from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands
+from lowvram_i2v.cli_media import add_commands as add_media_commands
+from lowvram_i2v.cli_plan import add_commands as add_plan_commands
 from lowvram_i2v.console import Console
 from lowvram_i2v.errors import LowVramError, RequestError
 from lowvram_i2v.events import Notice
@@ -52,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     _add_synth(commands)
     _add_demo(commands)
-    profiles = commands.add_parser("profiles", help="list the profiles")
-    profiles.set_defaults(command=_profiles)
+    add_plan_commands(commands, _size)
+    add_media_commands(commands)
     return parser
 
 
@@ -116,6 +118,9 @@ def _add_generate(commands: Any) -> None:
         help="see `lowvram-i2v profiles` (default %(default)s)",
     )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N (default %(default)s)")
+    add("--preview", type=int, default=0, metavar="N", help="a small animated picture beside the output every N steps")
+    add("--preview-vae", type=Path, metavar="FILE", help="TAEHV's weights, for better previews")
+    add("--no-cache", action="store_true", help="neither keep nor use encoded prompts and pictures")
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -124,13 +129,18 @@ def _generate(options: argparse.Namespace) -> int:
 
     console = Console()
     request, model = _request(options)
+    _check_preview(options)
     profile = load_profile(options.profile)
     device = pick_device(options.device)
     console(Notice(f"{describe(device)}; profile {profile.name}; seed {request.seed}"))
 
+    from lowvram_i2v.embed_cache import EmbedCache, default_folder
+    from lowvram_i2v.job import RunOptions
     from lowvram_i2v.pipeline import generate
 
-    path = generate(request, model, profile, device, console)
+    cache = None if options.no_cache else EmbedCache(default_folder(), console)
+    run_options = RunOptions(cache, options.preview, options.preview_vae)
+    path = generate(request, model, profile, device, console, run_options)
     print(console.table(), file=sys.stderr)
     print(path)
     return 0
@@ -162,6 +172,15 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
     if model is None:
         raise RequestError("--model not given", "Name the folder that `lowvram-i2v convert` wrote.")
     return request, model
+
+
+def _check_preview(options: argparse.Namespace) -> None:
+    if options.preview < 0:
+        raise RequestError(f"--preview is {options.preview}.", "Give a number of steps, or 0 for no previews.")
+    if options.preview_vae is not None and not options.preview:
+        raise RequestError("--preview-vae without --preview.", "Say every how many steps: --preview 5.")
+    if options.preview_vae is not None and not options.preview_vae.is_file():
+        raise RequestError(f"--preview-vae {options.preview_vae} does not exist.")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -221,14 +240,6 @@ def _demo(options: argparse.Namespace) -> int:
     path = demo(options.folder, options.image, pick_device(options.device), console)
     print(console.table(), file=sys.stderr)
     print(path)
-    return 0
-
-
-def _profiles(options: argparse.Namespace) -> int:
-    from lowvram_i2v.profile import load_profile, profile_names
-
-    for name in profile_names():
-        print(f"{name:10} {load_profile(name).description}")
     return 0
 
 

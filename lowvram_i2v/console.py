@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TextIO
 
-from lowvram_i2v.events import Event, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted
+from lowvram_i2v.events import Event, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, Planned
 
 LOG_EVERY_SECONDS = 20.0
 
@@ -21,6 +21,7 @@ class Console:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.finished: list[PhaseFinished] = []
+        self.planned = Planned("", {}, None)
         self._phase = PhaseStarted("")
         self._started = self._printed = time.monotonic()
 
@@ -28,6 +29,9 @@ class Console:
         match event:
             case Notice(text):
                 self._line(text)
+            case Planned():
+                self.planned = event
+                self._line(event.text)
             case PhaseStarted():
                 self._phase = event
                 self._started = self._printed = time.monotonic()
@@ -39,16 +43,24 @@ class Console:
                 self._line(f"{event.phase}: {seconds(event.seconds)}")
 
     def table(self) -> str:
-        """Time and peak video memory of every finished phase."""
-        rows = [("phase", "time", "peak VRAM (reserved)")]
+        """Time, planned and measured peak of video memory of every finished phase."""
+        rows = [("phase", "time", "planned", "reserved", "allocated")]
         for event in self.finished:
-            peak = f"{gib(event.peak_allocated)} ({gib(event.peak_reserved)})" if event.peak_reserved else "-"
-            rows.append((event.phase, seconds(event.seconds), peak))
-        rows.append(("total", seconds(sum(event.seconds for event in self.finished)), ""))
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            planned = self.planned.vram.get(event.phase, 0)
+            sizes = (planned, event.peak_reserved, event.peak_allocated) if event.peak_reserved else (0, 0, 0)
+            rows.append((event.phase, seconds(event.seconds), *(gib(size) if size else "-" for size in sizes)))
+        rows.append(("total", seconds(sum(event.seconds for event in self.finished)), "", "", ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(lines + self._in_all())
+
+    def _in_all(self) -> list[str]:
+        """Video memory with what no allocator counts."""
+        worst = max(self.finished, key=lambda event: event.peak_reserved, default=None)
+        if worst is None or not worst.peak_reserved:
+            return []
+        outside = max(event.outside for event in self.finished)
+        return [f"video memory: {gib(worst.peak_reserved)} in {worst.phase}, and {gib(outside)} outside the allocator"]
 
     def _progress(self, event: PhaseAdvanced) -> None:
         phase, elapsed = self._phase, time.monotonic() - self._started

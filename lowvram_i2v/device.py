@@ -5,6 +5,8 @@ Invariant: nothing here runs at import; `torch` itself is imported inside the fu
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +24,12 @@ def pick_device(name: str) -> torch.device:
 
     Raises PlatformError if a named CUDA device is not there.
     """
+    if sys.platform == "linux":  # before the first allocation: freed pages of any size can then be used again
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -42,6 +46,8 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices",
             f"Use cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -60,6 +66,47 @@ def describe(device: torch.device) -> str:
         return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, torch {torch.__version__}"
+
+
+LIBRARIES = 2**28
+"""Bytes that CUDA's libraries load into video memory, outside torch's allocator, after the context is there."""
+
+
+def free_vram(device: torch.device) -> int | None:
+    """Bytes of video memory that torch's allocator can get from now on, all it holds included; None for the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, free + torch.cuda.memory_reserved(device) - LIBRARIES)
+
+
+@contextmanager
+def limited(device: torch.device, limit: int | None) -> Iterator[None]:
+    """While a `with` lasts, the allocator reserves at most `limit` bytes of video memory; None, and on the CPU: all."""
+    import torch
+
+    if device.type != "cuda" or limit is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def outside_allocator(device: torch.device) -> int:
+    """Bytes of video memory in use that torch's allocator does not hold: CUDA's context, libraries, other programs."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
 
 
 def release(device: torch.device) -> None:
@@ -93,7 +140,7 @@ def phase(name: str, device: torch.device, listen: Listener, total: int = 0, uni
         raise ResourceError(
             f"{name}: out of video memory on {describe(device)} "
             f"({torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB were reserved)",
-            "Ask for a smaller --resolution or --size, or fewer --frames.",
+            "Ask for a smaller --resolution or --size, fewer --frames, or a smaller profile; please report this plan.",
         ) from error
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -103,6 +150,7 @@ def phase(name: str, device: torch.device, listen: Listener, total: int = 0, uni
             time.perf_counter() - start,
             torch.cuda.max_memory_allocated(device) if on_gpu else 0,
             torch.cuda.max_memory_reserved(device) if on_gpu else 0,
+            outside_allocator(device),
         )
     )
     release(device)

@@ -1,4 +1,4 @@
-"""What a run says while it works: four frozen values, handed to one callback.
+"""What a run says while it works: five frozen values, handed to one callback.
 
 Invariant: the runtime prints nothing itself. The command line prints events; a web page or a test listens to the
 same ones.
@@ -6,6 +6,16 @@ same ones.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the run will do with its memory. text: for humans. vram: phase -> predicted bytes that the allocator
+    reserves at most; limit: what it may reserve, None where nothing is limited."""
+
+    text: str
+    vram: dict[str, int]
+    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -27,12 +37,14 @@ class PhaseAdvanced:
 
 @dataclass(frozen=True)
 class PhaseFinished:
-    """A phase ended: wall seconds, and peak bytes of video memory (allocated, reserved; 0 on CPU)."""
+    """A phase ended: wall seconds, and peak bytes of video memory (0 on CPU): allocated, reserved by torch's allocator,
+    and what the card holds outside it at the end (CUDA's context, libraries, other programs)."""
 
     phase: str
     seconds: float
     peak_allocated: int
     peak_reserved: int
+    outside: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Notice:
     text: str
 
 
-Event = PhaseStarted | PhaseAdvanced | PhaseFinished | Notice
+Event = Planned | PhaseStarted | PhaseAdvanced | PhaseFinished | Notice
 Listener = Callable[[Event], None]
 
 

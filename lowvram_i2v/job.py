@@ -6,17 +6,24 @@ Invariant: `prepare` reads headers, the picture and the tokenizers, and writes n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_i2v import attention
 from lowvram_i2v.checkpoint import ModelFolder, open_model
+from lowvram_i2v.device import free_vram
+from lowvram_i2v.embed_cache import EmbedCache
 from lowvram_i2v.errors import RequestError
-from lowvram_i2v.events import Listener, Notice
+from lowvram_i2v.events import Listener, Notice, Planned
+from lowvram_i2v.host_memory import available_ram
 from lowvram_i2v.image import fit_image, read_image
+from lowvram_i2v.kernels.compute import refusal
+from lowvram_i2v.latents_file import LatentsFile
+from lowvram_i2v.plan import Machine, MemoryPlan, Video, make_plan
 from lowvram_i2v.profile import VramProfile
 from lowvram_i2v.request import GenerateRequest
+from lowvram_i2v.sizes import ModelSizes, sizes_of
 from lowvram_i2v.video import check_output
 
 if TYPE_CHECKING:
@@ -24,29 +31,33 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lowvram_i2v.attention import AttentionBackend
+    from lowvram_i2v.vae.preview import TinyDecoder
 
 DEFAULT_GUIDANCE = 6.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request that can be carried out.
+class RunOptions:
+    """What changes nothing about the video. cache: of encoded prompts and first frames, None for none.
+    preview_every: steps between previews, 0 for none; preview_vae: TAEHV's file, for better ones."""
 
-    request: with size and flow shift filled in. picture: the whole image, which the text model looks at.
-    first_frame: the same, scaled and cropped to the video's size. guidance_scale: None for weights without its
-    embedder. negative_prompt: None without classifier-free guidance.
-    """
+    cache: EmbedCache | None = None
+    preview_every: int = 0
+    preview_vae: Path | None = None
+
+
+DEFAULTS = RunOptions()
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """What decoding and writing need. request: with size and flow shift filled in."""
 
     request: GenerateRequest
     model: ModelFolder
     profile: VramProfile
     device: torch.device
-    attend: AttentionBackend
-    picture: Image
-    first_frame: Image
-    prompt: str
-    negative_prompt: str | None
-    guidance_scale: float | None
+    plan: MemoryPlan
     listen: Listener
 
     @property
@@ -74,10 +85,37 @@ class Job:
         return self.request.frames - self.model.header.variant.dropped_frames
 
 
+@dataclass(frozen=True)
+class Job(VideoJob):
+    """A request that can be carried out.
+
+    attend: attention of the profile's backend. picture: the whole image, which the text model looks at. first_frame:
+    the same, scaled and cropped to the video's size. guidance_scale: None for weights without its embedder.
+    negative_prompt: None without classifier-free guidance. cache, preview_every: as in RunOptions.
+    preview_decoder: on the CPU; None for previews by a matrix.
+    """
+
+    attend: AttentionBackend
+    picture: Image
+    first_frame: Image
+    prompt: str
+    negative_prompt: str | None
+    guidance_scale: float | None
+    cache: EmbedCache
+    preview_every: int
+    preview_decoder: TinyDecoder | None
+
+
 def prepare(
-    request: GenerateRequest, folder: Path, profile: VramProfile, device: torch.device, listen: Listener
+    request: GenerateRequest,
+    folder: Path,
+    profile: VramProfile,
+    device: torch.device,
+    listen: Listener,
+    options: RunOptions = DEFAULTS,
 ) -> Job:
-    """Checks request, picture, output, model folder and prompts. Raises one of the four errors, or returns the job."""
+    """Checks request, picture, output, model folder, prompts and memory. Raises one of the four errors, or returns the
+    job."""
     request.check()
     attend = attention.get(profile.attention)
     model = open_model(folder)
@@ -85,32 +123,101 @@ def prepare(
     request = request.resolve(*picture.size)
     assert request.size is not None
     fitted = fit_image(picture, *request.size)
+    _check_tensors(model)
+    sizes = sizes_of(model)
+    profile = _computable(profile, sizes.scheme, device, listen)
     job = Job(
         request=request,
         model=model,
         profile=profile,
         device=device,
+        plan=_plan(request, sizes, profile, device, listen),
         attend=attend,
         picture=picture,
         first_frame=fitted.image,
         prompt=request.prompt.strip(),
         negative_prompt=_negative_prompt(request),
         guidance_scale=_guidance_scale(request, model),
+        cache=options.cache or EmbedCache(None),
+        preview_every=options.preview_every,
+        preview_decoder=_preview_decoder(options),
         listen=listen,
     )
     check_output(request.output, *request.size, job.output_frames)
-    _check_tensors(model)
     _check_prompts(job)
     for text in (fitted.description, *request.notices()):
         listen(Notice(text))
-    if job.output_frames != request.frames:
-        listen(
+    _say_dropped(job)
+    return job
+
+
+def prepare_decode(
+    latents: LatentsFile, folder: Path, profile: VramProfile, device: torch.device, output: Path, listen: Listener
+) -> VideoJob:
+    """The same for latents that are finished: checks them, the model folder, the output and the memory."""
+    request, model = latents.request(output), open_model(folder)
+    assert request.size is not None
+    channels = model.header.vae.latent_channels
+    if latents.variant != model.header.variant or latents.shape[0] != channels:
+        raise RequestError(
+            f"{latents.path} holds {latents.shape[0]} channels of {latents.variant.name} weights, and {folder} has "
+            f"{channels} of {model.header.variant.name}",
+            "Name the model folder that the latents were made with.",
+        )
+    plan = _plan(request, sizes_of(model), profile, device, listen)
+    job = VideoJob(request, model, profile, device, plan, listen)
+    check_output(request.output, *request.size, job.output_frames)
+    _check_tensors(model)
+    _say_dropped(job)
+    return job
+
+
+def _preview_decoder(options: RunOptions) -> TinyDecoder | None:
+    """TAEHV from its file, if one is named, so that a wrong file is refused now."""
+    import torch
+
+    from lowvram_i2v.preview import load_tiny_decoder
+
+    if options.preview_vae is None:
+        return None
+    return load_tiny_decoder(options.preview_vae, torch.device("cpu"), torch.float32)
+
+
+def _computable(profile: VramProfile, scheme: str | None, device: torch.device, listen: Listener) -> VramProfile:
+    """The profile, with exact products where this card cannot make 8-bit ones. Tries a small product."""
+    reason = refusal(profile.compute, scheme, device)
+    if reason is None:
+        return profile
+    listen(Notice(f"compute {profile.compute}: {reason}. Weights are dequantized instead (w8a16)."))
+    return replace(profile, compute="w8a16")
+
+
+def _plan(
+    request: GenerateRequest, sizes: ModelSizes, profile: VramProfile, device: torch.device, listen: Listener
+) -> MemoryPlan:
+    """The plan for what is free now. On the CPU no video memory is planned and nothing has to fit."""
+    assert request.size is not None
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        profile = replace(profile, vram_gib=0.0)
+    machine = Machine(free_vram(device), available_ram() if on_gpu else None)
+    video = Video(*request.size, request.frames, request.steps, request.cfg > 1)
+    plan = make_plan(sizes, video, profile, machine)
+    if on_gpu:
+        listen(Planned(plan.table(), {phase.name: phase.vram for phase in plan.phases}, plan.limit))
+    return plan
+
+
+def _say_dropped(job: VideoJob) -> None:
+    """That a variant's first frames are no part of the video."""
+    asked, kept = job.request.frames, job.output_frames
+    if kept != asked:
+        job.listen(
             Notice(
-                f"{model.header.variant.name} weights: the first {request.frames - job.output_frames} of "
-                f"{request.frames} frames are dropped, as trained; the video has {job.output_frames}."
+                f"{job.model.header.variant.name} weights: the first {asked - kept} of {asked} frames are dropped, as "
+                f"trained; the video has {kept}."
             )
         )
-    return job
 
 
 def _negative_prompt(request: GenerateRequest) -> str | None:

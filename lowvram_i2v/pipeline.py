@@ -6,50 +6,79 @@ Each phase loads one component, uses it and frees it; between phases only small 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowvram_i2v.device import compute_dtype, describe, phase
-from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning
+from lowvram_i2v.device import compute_dtype, describe, limited, phase
+from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning, is_embedder, is_modulation
 from lowvram_i2v.dit.rope import rope_table, token_grid
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
-from lowvram_i2v.events import Listener, PhaseAdvanced
+from lowvram_i2v.dit.workspace import Workspace
+from lowvram_i2v.embed_cache import latent_key, prompt_key
+from lowvram_i2v.errors import ResourceError
+from lowvram_i2v.events import Listener, Notice, PhaseAdvanced
 from lowvram_i2v.image import pixels
-from lowvram_i2v.job import Job, prepare
+from lowvram_i2v.job import DEFAULTS, Job, RunOptions, VideoJob, prepare, prepare_decode
+from lowvram_i2v.kernels.quant_linear import set_compute
+from lowvram_i2v.latents_file import LatentsFile, latents_path, save_latents
+from lowvram_i2v.preview import PreviewWriter, preview_path
 from lowvram_i2v.profile import VramProfile
 from lowvram_i2v.request import GenerateRequest
 from lowvram_i2v.sampling.conditioning import condition, draw_noise, start_latents
 from lowvram_i2v.sampling.denoise import GuidedVelocity, denoise
 from lowvram_i2v.sampling.schedule import flow_sigmas, timesteps_of
+from lowvram_i2v.streaming.block_stream import FEWEST_SLOTS
 from lowvram_i2v.streaming.load import stream_blocks
 from lowvram_i2v.text.clip import build_clip, clip_tensor_name
 from lowvram_i2v.text.embeds import PromptEmbeds
 from lowvram_i2v.text.encode import black_image, pooled_vector, prompt_rows
 from lowvram_i2v.text.llava import build_llava, llava_tensor_name
+from lowvram_i2v.text.streamed import is_loaded, streamed_llava
 from lowvram_i2v.text.tokenizers import ClipTokenizer, LlavaTokenizer
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.encoder import VaeEncoder
 from lowvram_i2v.vae.tiles import Tiling, decode_segments
 from lowvram_i2v.video import to_uint8, write_video
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 def generate(
-    request: GenerateRequest, folder: Path, profile: VramProfile, device: torch.device, listen: Listener
+    request: GenerateRequest,
+    folder: Path,
+    profile: VramProfile,
+    device: torch.device,
+    listen: Listener,
+    options: RunOptions = DEFAULTS,
 ) -> Path:
     """Makes the video that the request asks for, with the model in `folder`, and returns its path.
 
     Raises one of the four errors of `lowvram_i2v.errors`, all but running out of memory before a weight is read.
     """
-    job = prepare(request, folder, profile, device, listen)
-    prompts = encode_prompts(job)
-    image_latent = encode_image(job)
-    steps = condition_steps(job, prompts)
-    latents = sample(job, steps, image_latent, draw_noise(job.latent_shape, job.request.seed))
-    return write(job, decode(job, latents))
+    job = prepare(request, folder, profile, device, listen, options)
+    with limited(device, job.plan.limit):
+        prompts = encode_prompts(job)
+        image_latent = encode_image(job)
+        steps = condition_steps(job, prompts)
+        latents = sample(job, steps, image_latent, draw_noise(job.latent_shape, job.request.seed))
+        with saved(job, latents):
+            return write(job, decode(job, latents))
+
+
+def decode_file(
+    latents: LatentsFile, folder: Path, profile: VramProfile, device: torch.device, output: Path, listen: Listener
+) -> Path:
+    """The last two phases of `generate`, on latents that a run left. The file of latents is kept."""
+    job = prepare_decode(latents, folder, profile, device, output, listen)
+    with limited(device, job.plan.limit):
+        return write(job, decode(job, latents.read()))
 
 
 Prompts = tuple[PromptEmbeds, PromptEmbeds | None]
@@ -57,29 +86,50 @@ Steps = tuple[list[StepConditioning], list[StepConditioning] | None]
 
 
 def encode_prompts(job: Job) -> Prompts:
-    """The prompt with the picture, and the negative prompt with a black one if there is one. On the CPU."""
-    header, device = job.model.header, job.device
+    """The prompt with the picture, and the negative prompt with a black one if there is one. On the CPU.
+
+    What the cache has is not encoded again; if it has all, no encoder is loaded.
+    """
     pairs = [(job.prompt, job.picture)]
     if job.negative_prompt is not None:
         pairs.append((job.negative_prompt, black_image(job.picture)))
-    dtype, stride = compute_dtype(device, torch.float16), header.variant.image_row_stride
+    dtype = compute_dtype(job.device, torch.float16)
+    keys = [prompt_key(job.model, *pair, dtype) for pair in pairs]
+    embeds = [job.cache.prompt_embeds(key) for key in keys]
+    missing = [place for place, found in enumerate(embeds) if found is None]
+    if missing:
+        new = _encode([pairs[place] for place in missing], job, dtype)
+        for place, made in zip(missing, new, strict=True):
+            job.cache.keep_prompt_embeds(keys[place], made)
+            embeds[place] = made
+    else:
+        job.listen(Notice("text: encoded before, taken from the cache"))
+    positive, negative = (*embeds, None)[:2]
+    assert positive is not None
+    return positive, negative
 
+
+def _encode(pairs: list[tuple[str, Image]], job: Job, dtype: torch.dtype) -> list[PromptEmbeds]:
+    """Prompts with their pictures through both encoders, one encoder after the other."""
+    header, device, model = job.model.header, job.device, job.model
     with (
         phase("text", device, job.listen),
-        job.model.load(
+        model.load(
             "text_encoder",
             lambda: build_llava(header.text_encoder),
             device=device,
             dtype=dtype,
             file_name=llava_tensor_name,
+            only=is_loaded,
         ) as llava,
+        streamed_llava(model.files["text_encoder"], llava, device=device, dtype=dtype),
     ):
-        tokenizer = LlavaTokenizer(job.model.tokenizer)
+        tokenizer, stride = LlavaTokenizer(model.tokenizer), header.variant.image_row_stride
         rows = [prompt_rows(llava, tokenizer, prompt, picture, stride).float().cpu() for prompt, picture in pairs]
 
     with (
         phase("pooled text", device, job.listen),
-        job.model.load(
+        model.load(
             "text_encoder_2",
             lambda: build_clip(header.text_encoder_2),
             device=device,
@@ -87,11 +137,9 @@ def encode_prompts(job: Job) -> Prompts:
             file_name=clip_tensor_name,
         ) as clip,
     ):
-        clip_tokenizer = ClipTokenizer(job.model.tokenizer_2)
+        clip_tokenizer = ClipTokenizer(model.tokenizer_2)
         pooled = [pooled_vector(clip, clip_tokenizer, prompt).float().cpu() for prompt, _ in pairs]
-
-    embeds = [PromptEmbeds(row, vector) for row, vector in zip(rows, pooled, strict=True)]
-    return embeds[0], embeds[1] if len(embeds) > 1 else None
+    return [PromptEmbeds(row, vector) for row, vector in zip(rows, pooled, strict=True)]
 
 
 @torch.inference_mode()
@@ -99,19 +147,26 @@ def encode_image(job: Job) -> Tensor:
     """The first frame as a latent [16, 1, H, W], times the scaling factor: the distribution's mode, never tiled."""
     vae, device = job.model.header.vae, job.device
     dtype = compute_dtype(device, torch.float16)
+    key = latent_key(job.model, job.first_frame, dtype)
+    if (kept := job.cache.latent(key)) is not None:
+        job.listen(Notice("image: encoded before, taken from the cache"))
+        return kept
     with (
         phase("image", device, job.listen),
         job.model.load("vae", lambda: VaeEncoder(vae), device=device, dtype=dtype) as encoder,
     ):
         frame = torch.from_numpy(pixels(job.first_frame))[:, None].to(device)
         mean, _ = encoder.encode(frame)
-        return mean.cpu() * vae.scaling_factor
+        latent = mean.cpu() * vae.scaling_factor
+    job.cache.keep_latent(key, latent)
+    return latent
 
 
 @torch.inference_mode()
 def condition_steps(job: Job, prompts: Prompts) -> Steps:
     """What time and prompt decide in every step, for the prompt and the negative prompt. On the CPU."""
     request, device, config = job.request, job.device, job.model.header.transformer
+    dtype = compute_dtype(device, torch.bfloat16)
     timesteps = timesteps_of(flow_sigmas(request.steps, job.flow_shift)).to(device)
     guidance = None if job.guidance_scale is None else torch.tensor([job.guidance_scale], device=device)
     with (
@@ -120,34 +175,48 @@ def condition_steps(job: Job, prompts: Prompts) -> Steps:
             "transformer",
             lambda: HunyuanVideoTransformer(config, job.attend),
             device=device,
-            dtype=compute_dtype(device, torch.bfloat16),
-            only=is_conditioning,
+            dtype=dtype,
+            only=is_embedder,
         ) as transformer,
+        stream_blocks(
+            job.model.files["transformer"],
+            transformer.blocks(),
+            device=device,
+            dtype=dtype,
+            resident=0,
+            slots=FEWEST_SLOTS,
+            host="mapped",
+            only=is_modulation,
+        ) as blocks,
     ):
-        positive, negative = (_condition(transformer, timesteps, embeds, guidance) for embeds in prompts)
+        positive, negative = (_condition(transformer, timesteps, embeds, guidance, blocks) for embeds in prompts)
     assert positive is not None
     return positive, negative
 
 
 def _condition(
-    transformer: HunyuanVideoTransformer, timesteps: Tensor, embeds: PromptEmbeds | None, guidance: Tensor | None
+    transformer: HunyuanVideoTransformer,
+    timesteps: Tensor,
+    embeds: PromptEmbeds | None,
+    guidance: Tensor | None,
+    blocks: Iterable[nn.Module],
 ) -> list[StepConditioning] | None:
     if embeds is None:
         return None
     prompt, pooled = (x.to(timesteps.device) for x in (embeds.prompt_embeds, embeds.pooled_prompt_embeds))
-    steps = transformer.condition(timesteps, prompt, pooled, guidance)
+    steps = transformer.condition(timesteps, prompt, pooled, guidance, blocks)
     return [step.on_host(pin=timesteps.is_cuda) for step in steps]
 
 
 @torch.inference_mode()
 def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tensor:
     """Noise [16, T, H, W] -> latents of the same shape, float32, on the CPU."""
-    request, header, device = job.request, job.model.header, job.device
+    request, header, device, plan = job.request, job.model.header, job.device, job.plan
     config, (width, height) = header.transformer, job.size
     dtype = compute_dtype(device, torch.bfloat16)
-    cos, sin = rope_table(
-        token_grid(request.frames, height, width), config.rope_dims, config.rope_theta, request.frames
-    )
+    grid = token_grid(request.frames, height, width)
+    cos, sin = rope_table(grid, config.rope_dims, config.rope_theta, request.frames)
+    text_tokens = max(len(prompt[0].txt) for prompt in steps if prompt is not None)
     with (
         phase("denoise", device, job.listen, request.steps, "steps"),
         job.model.load(
@@ -162,22 +231,60 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
             transformer.blocks(),
             device=device,
             dtype=dtype,
-            resident=job.profile.resident_blocks,
-            slots=job.profile.slots,
+            resident=plan.resident,
+            slots=plan.slots,
+            host=plan.host,
             only=lambda name: not is_conditioning(name),
         ) as blocks,
     ):
-        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks)
+        set_compute(transformer, job.profile.compute)
+        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype)
+        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks, work)
+        sigmas = flow_sigmas(request.steps, job.flow_shift)
         return denoise(
             velocity,
             condition(header.variant, image_latent.to(device)),
             start_latents(noise, image_latent, request.stability).to(device),
-            flow_sigmas(request.steps, job.flow_shift),
-            lambda step, _: job.listen(PhaseAdvanced("denoise", step)),
+            sigmas,
+            _watch(job, sigmas),
         ).cpu()
 
 
-def decode(job: Job, latents: Tensor) -> Iterator[Tensor]:
+def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:
+    """What happens after each step: progress is told, and previews are written where they are wanted."""
+    if not job.preview_every:
+        return lambda step, _: job.listen(PhaseAdvanced("denoise", step))
+    decoder = job.preview_decoder
+    if decoder is not None:
+        decoder.to(job.device, compute_dtype(job.device, torch.float16))
+    path, fps = preview_path(job.request.output), job.request.fps
+    preview = PreviewWriter(path, sigmas.tolist(), job.preview_every, fps, job.listen, decoder)
+
+    def watch(step: int, latents: Tensor) -> None:
+        job.listen(PhaseAdvanced("denoise", step))
+        preview(step, latents)
+
+    return watch
+
+
+@contextmanager
+def saved(job: Job, latents: Tensor) -> Iterator[None]:
+    """Keeps the finished latents beside the output until the video is complete: nothing finished is lost."""
+    path = latents_path(job.request.output)
+    try:
+        save_latents(path, latents, _settings(job))
+    except ResourceError as error:
+        job.listen(Notice(f"The latents are not kept while they are decoded: {error.what}"))
+    try:
+        yield
+    except BaseException:
+        if path.is_file():
+            job.listen(Notice(f"The sampled latents are safe. To go on: lowvram-i2v decode {path}"))
+        raise
+    path.unlink(missing_ok=True)
+
+
+def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
     """Latents [16, T, H, W] -> pieces of the video [3, frames, height, width] in 0..1, on the CPU, when ready."""
     header, device = job.model.header, job.device
     drop = header.variant.dropped_frames
@@ -195,7 +302,7 @@ def decode(job: Job, latents: Tensor) -> Iterator[Tensor]:
             job.listen(PhaseAdvanced("decode", max(0, done)))
 
 
-def _segments(job: Job, decoder: VaeDecoder, latents: Tensor) -> Iterator[Tensor]:
+def _segments(job: VideoJob, decoder: VaeDecoder, latents: Tensor) -> Iterator[Tensor]:
     """What the profile's decode policy makes of it: one piece, or the reference's tiles in time."""
     with torch.inference_mode():
         if job.profile.decode == "plain":
@@ -204,15 +311,19 @@ def _segments(job: Job, decoder: VaeDecoder, latents: Tensor) -> Iterator[Tensor
             yield from decode_segments(decoder, latents, Tiling.from_config(job.model.header.vae))
 
 
-def write(job: Job, pieces: Iterator[Tensor]) -> Path:
+def write(job: VideoJob, pieces: Iterator[Tensor]) -> Path:
     """Frames into the mp4 as they come, settings and circumstances with them."""
-    about = {
-        "model": str(job.model.path.absolute()),
-        "variant": job.model.header.variant.name,
-        "scheme": job.model.header.scheme,
-        "profile": job.profile.name,
-        "device": describe(job.device),
-    }
     frames = (frame for piece in pieces for frame in to_uint8(np.ascontiguousarray(piece.permute(1, 2, 3, 0).numpy())))
-    write_video(frames, job.request.output, job.request.fps, job.request.to_settings(**about))
+    write_video(frames, job.request.output, job.request.fps, _settings(job))
     return job.request.output
+
+
+def _settings(job: VideoJob) -> dict[str, Any]:
+    """All that repeats the run, and under `about` what the reader may want to know."""
+    return job.request.to_settings(
+        model=str(job.model.path.absolute()),
+        variant=job.model.header.variant.name,
+        scheme=job.model.header.scheme,
+        profile=job.profile.name,
+        device=describe(job.device),
+    )

@@ -1,7 +1,7 @@
 """Profiles: the one dial between speed and memory. A profile is a TOML file in `profiles/`; the directory is the list.
 
 Invariant: a key that is unknown, missing or of the wrong kind is refused, so that a typing error never passes
-silently.
+silently. What follows from the budget (resident blocks, chunks) is not here: `plan.py` works it out.
 """
 
 from __future__ import annotations
@@ -12,34 +12,51 @@ from importlib import resources
 from pathlib import Path
 
 from lowvram_i2v.errors import RequestError
+from lowvram_i2v.kernels.compute import COMPUTES
 
 DECODE_POLICIES = ("tiled", "plain")
-DEFAULT_PROFILE = "whole"
-KINDS = {"str": (str, "a string"), "int": (int, "an integer")}
+HOSTS = ("auto", "pinned", "mapped")
+DEFAULT_PROFILE = "auto"
+FEWEST_SLOTS = 2
+KINDS = {"str": (str, "a string"), "int": (int, "an integer"), "float": (float, "a number with a decimal point")}
 
 
 @dataclass(frozen=True)
 class VramProfile:
     """One profile.
 
+    vram_gib: GiB of video memory that a run may take in all; 0 for what is free on the device.
+    reserve_gib: how much of it CUDA and the libraries take for themselves, outside torch's allocator.
+    compute: how quantized layers multiply: "w8a16" exactly, after dequantizing, "w8a8" in 8 bits.
     attention: a name from the table of attention backends.
     decode: "tiled" cuts the VAE's work into the reference's tiles, "plain" decodes the whole video at once.
-    resident_blocks: how many of the transformer's blocks keep their weights on the device, -1 for all; the others wait
-    in RAM and are copied when it is their turn. slots: places on the device for those, 2 or more.
+    host: where streamed blocks wait: "pinned" in RAM, "mapped" in the file; "auto" is the first that fits.
+    resident_blocks: how many of the transformer's blocks keep their weights on the device; -1 for as many as fit.
+    slots: places on the device for the blocks that stream, 2 or more.
     """
 
     name: str
     description: str
+    vram_gib: float
+    reserve_gib: float
+    compute: str
     attention: str
     decode: str
+    host: str
     resident_blocks: int
     slots: int
 
 
 def profile_names() -> list[str]:
-    """The profiles that come with the program."""
+    """The profiles that come with the program: `auto`, then by size."""
     folder = resources.files("lowvram_i2v.profiles")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
+    return sorted(names, key=_size_first)
+
+
+def _size_first(name: str) -> tuple[int, str]:
+    digits = name.partition("gb")[0]
+    return (int(digits) if digits.isdecimal() else 0, name)
 
 
 def load_profile(name: str) -> VramProfile:
@@ -75,16 +92,21 @@ def _checked(name: str, values: dict[str, object]) -> VramProfile:
     if faults:
         raise _refused(name, faults)
     profile = VramProfile(name, **values)  # type: ignore[arg-type]
-    if profile.decode not in DECODE_POLICIES:
-        faults.append(f"decode is {profile.decode!r}, not one of {', '.join(DECODE_POLICIES)}")
+    for key, choices in (("decode", DECODE_POLICIES), ("compute", COMPUTES), ("host", HOSTS)):
+        if getattr(profile, key) not in choices:
+            faults.append(f"{key} is {getattr(profile, key)!r}, not one of {', '.join(choices)}")
+    if not 0 <= profile.vram_gib <= 1024:
+        faults.append(f"vram_gib is {profile.vram_gib:g}, not a size in GiB or 0 for what is free")
+    if not profile.reserve_gib >= 0 or 0 < profile.vram_gib <= profile.reserve_gib:
+        faults.append(f"reserve_gib is {profile.reserve_gib:g}, not a part of vram_gib")
     if profile.resident_blocks < -1:
-        faults.append(f"resident_blocks is {profile.resident_blocks}, not a number of blocks or -1 for all")
-    if profile.slots < 2:
-        faults.append(f"slots is {profile.slots}, not 2 or more")
+        faults.append(f"resident_blocks is {profile.resident_blocks}, not a number of blocks or -1 for all that fit")
+    if profile.slots < FEWEST_SLOTS:
+        faults.append(f"slots is {profile.slots}, not {FEWEST_SLOTS} or more")
     if faults:
         raise _refused(name, faults)
     return profile
 
 
 def _refused(name: str, faults: list[str]) -> RequestError:
-    return RequestError(f"profile {name}: {'; '.join(faults)}", "profiles/whole.toml shows all keys.")
+    return RequestError(f"profile {name}: {'; '.join(faults)}", "profiles/auto.toml shows all keys.")

@@ -1,6 +1,7 @@
 """Shared by all tests: few threads of torch, reproducible property tests, GPU tests skipped without a GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 settings.register_profile("repo", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWVRAM_I2V_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class DelayedCopy:
     under_way: deque[tuple[int, Tensor, Tensor]] = field(default_factory=deque)
     clock: int = 0
     used: dict[int, int] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
 
     def use(self, address: int) -> None:
         self.clock += 1
@@ -36,15 +38,20 @@ class DelayedCopy:
     def copy(self, target: Tensor, source: Tensor, after: int) -> int:
         assert target.shape == source.shape
         assert after >= self.used.get(target.data_ptr(), 0), "overwritten before its block was computed"
-        target.fill_(POISON)
-        self.copies.append((target.data_ptr(), len(target)))
-        self.under_way.append((len(self.copies), target, source))
-        return len(self.copies)
+        with self.lock:
+            target.fill_(POISON)
+            self.copies.append((target.data_ptr(), len(target)))
+            self.under_way.append((len(self.copies), target, source))
+            return len(self.copies)
 
     def wait_copied(self, landed: int) -> None:
-        while self.under_way and self.under_way[0][0] <= landed:
-            _, target, source = self.under_way.popleft()
-            target.copy_(source)
+        with self.lock:
+            while self.under_way and self.under_way[0][0] <= landed:
+                _, target, source = self.under_way.popleft()
+                target.copy_(source)
+
+    def await_copied(self, landed: int) -> None:
+        self.wait_copied(landed)
 
     def finish(self) -> None:
         self.wait_copied(len(self.copies))
@@ -56,6 +63,7 @@ class TwoQueues:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.preference = self.random.choice((0.01, 0.2, 0.5, 0.8, 0.99))
         self.queues: tuple[deque[tuple[str, object]], ...] = (deque(), deque())
         self.computing, self.copying = self.queues
         self.marks = 0
@@ -84,14 +92,26 @@ class TwoQueues:
     def wait_copied(self, landed: int) -> None:
         self.computing.append(("wait", landed))
 
+    def await_copied(self, landed: int) -> None:
+        """Runs both queues, in a random order, until the mark is reached."""
+        while landed not in self.reached:
+            self.run_one()
+
     def finish(self) -> None:
-        """Runs all that is queued. How often the one queue is preferred is drawn once, so that extremes occur."""
-        preference = self.random.choice((0.01, 0.2, 0.5, 0.8, 0.99))
+        """Runs all that is queued."""
         while any(self.queues):
-            able = [queue for queue in self.queues if queue and not self._blocked(queue[0])]
-            assert able, "both queues wait for each other"
-            queue = self.computing if self.random.random() < preference else self.copying
-            self._run((queue if queue in able else able[0]).popleft())
+            self.run_one()
+
+    def run_one(self) -> None:
+        """One operation of one queue. How often the one queue is preferred is drawn once, so that extremes occur."""
+        able = self.able()
+        assert able, "both queues wait for each other, or for what nobody has queued"
+        queue = self.computing if self.random.random() < self.preference else self.copying
+        self._run((queue if queue in able else able[0]).popleft())
+
+    def able(self) -> list[deque[tuple[str, object]]]:
+        """The queues that can go on."""
+        return [queue for queue in self.queues if queue and not self._blocked(queue[0])]
 
     def _blocked(self, operation: tuple[str, object]) -> bool:
         return operation[0] == "wait" and operation[1] not in self.reached

@@ -2,15 +2,16 @@
 
 Invariants: tensor names are those of the released checkpoint (856 for token_replace, 852 for latent_concat without a
 guidance embedder); one sample, no padding, so no mask anywhere; nothing is changed in place, so that training can use
-it. The loop takes blocks as they come: where their weights are is not known here. Left out: quantized weights, chunked
-activations.
+it, but where a caller lends a workspace (`dit/chunked.py`: the same blocks in little memory). The loop takes blocks as
+they come: where their weights are is not known here. Left out: quantized weights.
 
 Source: HunyuanVideo, arXiv 2412.03603; the arithmetic is pinned by the goldens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from lowvram_i2v.attention import AttentionBackend
 from lowvram_i2v.attention.sdpa import attend as sdpa
+from lowvram_i2v.dit import chunked
 from lowvram_i2v.dit.blocks import DoubleBlock, Rope, SingleBlock
 from lowvram_i2v.dit.conditioning import StepConditioning, pack
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.embedders import PatchEmbedder, PooledEmbedder, ScalarEmbedder, TokenRefiner
+from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.kernels.modulate import layer_norm_modulate
 
 BLOCK_LISTS = ("double_blocks", "single_blocks")
@@ -74,24 +77,19 @@ class HunyuanVideoTransformer(nn.Module):
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
         guidance_scale: Tensor | None,
+        blocks: Iterable[nn.Module] | None = None,
     ) -> list[StepConditioning]:
         """All that time and prompt decide, for each of the timesteps [steps] on the scale 0..1000.
 
         prompt_embeds: [text tokens, text_dim]. pooled_prompt_embeds: [pooled_dim]. guidance_scale: [1] as the user
-        means it (6.0), None if the weights have no guidance embedder.
+        means it (6.0), None if the weights have no guidance embedder. blocks: all blocks in order, each with its
+        modulation layers in place from when it is yielded until the next one is asked for; None for the model's own.
         """
         dtype = self.vector_in.out_layer.weight.dtype
         prompt_embeds, pooled = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)[None]
         steps, vectors = len(timesteps), self.vectors(timesteps, pooled, guidance_scale)
-        tables = []
-        for double in self.double_blocks.children():
-            assert isinstance(double, DoubleBlock)
-            tables += [pack(double.img_mod(vectors), steps), pack(double.txt_mod(vectors[:steps]), steps)]
-        for single in self.single_blocks.children():
-            assert isinstance(single, SingleBlock)
-            tables.append(pack(single.modulation(vectors), steps))
-        tables.append(pack(self.final_layer.modulation(vectors[:steps]), steps))
-        modulation = torch.cat(tables, dim=1)
+        stream = iter(self.blocks().values() if blocks is None else blocks)
+        modulation = torch.cat(list(self._modulation(vectors, steps, stream)), dim=1)
         return [
             StepConditioning(
                 txt=self.txt_in(prompt_embeds, timesteps[i : i + 1], self.attend),
@@ -102,6 +100,17 @@ class HunyuanVideoTransformer(nn.Module):
             )
             for i in range(steps)
         ]
+
+    def _modulation(self, vectors: Tensor, steps: int, blocks: Iterable[nn.Module]) -> Iterator[Tensor]:
+        """The packed modulation of all steps in pieces [steps, rows, hidden], in the order of `StepConditioning`."""
+        for block in blocks:
+            if isinstance(block, DoubleBlock):
+                yield pack(block.img_mod(vectors), steps)
+                yield pack(block.txt_mod(vectors[:steps]), steps)
+            else:
+                assert isinstance(block, SingleBlock)
+                yield pack(block.modulation(vectors), steps)
+        yield pack(self.final_layer.modulation(vectors[:steps]), steps)
 
     def vectors(self, timesteps: Tensor, pooled: Tensor, guidance_scale: Tensor | None) -> Tensor:
         """What modulates the blocks: [steps, hidden] for all tokens. Where the image latent replaces the first frame,
@@ -115,16 +124,24 @@ class HunyuanVideoTransformer(nn.Module):
         return torch.cat([vectors, self.time_in(torch.zeros_like(timesteps[:1])) + prompt])
 
     def predict(
-        self, latents: Tensor, step: StepConditioning, rope: Rope, blocks: Iterable[nn.Module] | None = None
+        self,
+        latents: Tensor,
+        step: StepConditioning,
+        rope: Rope,
+        blocks: Iterable[nn.Module] | None = None,
+        work: Workspace | None = None,
     ) -> Tensor:
         """latents [in_channels, T, H, W] -> velocity [out_channels, T, H, W], float32.
 
         rope: `rope_table` of the token grid T x H/2 x W/2. blocks: all blocks in order, each with its weights in place
-        from when it is yielded until the next one is asked for; None for the model's own.
+        from when it is yielded until the next one is asked for; None for the model's own. work: memory to compute in,
+        by chunks of tokens and without autograd; None for the plain way.
         """
         stream = iter(self.blocks().values() if blocks is None else blocks)
         grid = [size // patch for size, patch in zip(latents.shape[1:], self.config.patch_size, strict=True)]
         first_tokens = grid[1] * grid[2] if step.vectors == 2 else 0
+        if work is not None:
+            return self.unpatchify(self._in_chunks(latents, step, rope, stream, first_tokens, work), grid)
 
         img, txt = self.img_in(latents.to(self.img_in.proj.weight.dtype)), step.txt
         for block, modulations in zip(islice(stream, len(self.double_blocks)), step.double(), strict=True):
@@ -133,6 +150,27 @@ class HunyuanVideoTransformer(nn.Module):
         for block, modulation in zip(stream, step.single(), strict=True):
             x = block(x, modulation, first_tokens, rope, self.attend)
         return self.unpatchify(self.final_layer(x[: len(img)], step.final()), grid)
+
+    @torch.no_grad()
+    def _in_chunks(
+        self,
+        latents: Tensor,
+        step: StepConditioning,
+        rope: Rope,
+        stream: Iterator[nn.Module],
+        first_tokens: int,
+        work: Workspace,
+    ) -> Tensor:
+        """As `predict`, up to the values of patches [tokens, channels * patch]."""
+        step = replace(step, modulation=step.modulation.float())
+        run = chunked.begin(work, self.img_in, latents, step.txt, first_tokens, rope, self.attend)
+        for block, modulations in zip(islice(stream, len(self.double_blocks)), step.double(), strict=True):
+            assert isinstance(block, DoubleBlock)
+            chunked.double_block(block, run, modulations)
+        for block, modulation in zip(stream, step.single(), strict=True):
+            assert isinstance(block, SingleBlock)
+            chunked.single_block(block, run, modulation)
+        return chunked.final_layer(self.final_layer.linear, run, step.final())
 
     def unpatchify(self, tokens: Tensor, grid: list[int]) -> Tensor:
         """[tokens, channels * patch] -> [channels, T, H, W], float32."""

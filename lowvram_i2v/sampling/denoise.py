@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowvram_i2v.dit.blocks import Rope
 from lowvram_i2v.dit.conditioning import StepConditioning
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
+from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.sampling.conditioning import Conditioning
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -26,7 +27,7 @@ class GuidedVelocity:
     """The velocity that a step follows: the model's, or u + cfg * (c - u) where there is a negative prompt.
 
     positive, negative: what the transformer's `condition` gave for each step. blocks: the transformer's, iterated once
-    for each prediction; None where all weights are in place.
+    for each prediction; None where all weights are in place. work: memory for the predictions, of both prompts in turn.
     """
 
     transformer: HunyuanVideoTransformer
@@ -35,6 +36,7 @@ class GuidedVelocity:
     cfg: float
     rope: Rope
     blocks: Iterable[nn.Module] | None = None
+    work: Workspace | None = None
 
     def __call__(self, model_input: Tensor, step: int) -> Tensor:
         """model_input [in_channels, T, H, W], step counted from 0 -> velocity [16, T, H, W], float32."""
@@ -45,7 +47,8 @@ class GuidedVelocity:
         return unconditional + self.cfg * (conditional - unconditional)
 
     def _predict(self, model_input: Tensor, step: StepConditioning) -> Tensor:
-        return self.transformer.predict(model_input, step.to(model_input.device), self.rope, self.blocks)
+        step = step.to(model_input.device)
+        return self.transformer.predict(model_input, step, self.rope, self.blocks, self.work)
 
 
 @torch.inference_mode()

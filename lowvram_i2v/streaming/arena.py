@@ -1,4 +1,4 @@
-"""The arena: one piece of page-locked host memory that holds every streamed block, ready to be copied.
+"""The arena: one piece of page-locked host memory, for every streamed block or for the ring of a few.
 
 Invariants: one allocation, exactly as long as asked. torch's own pinned memory is rounded up to a power of two (9.1 GB
 would take 16 GiB), so ordinary memory is allocated and then page-locked in place. On machines without CUDA it stays
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowvram_i2v.errors import ResourceError
-from lowvram_i2v.streaming.slab import ALIGNMENT
+from lowvram_i2v.host_memory import available_ram
 
+PAGE = 4096
 REMEDY = (
     "Close other programs, use weights in a smaller scheme (int8, nf4), or keep more blocks resident in video memory "
     "(resident_blocks in the profile)."
@@ -25,40 +25,34 @@ REMEDY = (
 
 @contextmanager
 def arena(size: int, device: torch.device) -> Iterator[Tensor]:
-    """`size` bytes of host memory, uint8, aligned, page-locked where the blocks' device is a CUDA one, while a `with`
-    lasts. Whoever copies from it must have ended before the end of the `with`.
+    """`size` bytes of host memory, uint8, from a page's start, while a `with` lasts; page-locked where the blocks'
+    device is a CUDA one. Whoever copies from it must have ended before the end of the `with`.
 
     Raises ResourceError with need and have if the machine has too little free RAM or refuses to lock it.
     """
+    if not size:
+        yield torch.empty(0, dtype=torch.uint8)
+        return
     free = available_ram()
     if free is not None and size > free:
         raise ResourceError(
             f"streamed blocks need {size / 2**30:.2f} GiB of RAM, and {free / 2**30:.2f} GiB are available", REMEDY
         )
-    memory = _allocate(size)
-    if device.type != "cuda" or not size:
+    memory = page_aligned(size)
+    if device.type != "cuda":
         yield memory
         return
     with _page_locked(memory, device):
         yield memory
 
 
-def available_ram(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that can be allocated without swapping, as Linux estimates it; None where the system does not say."""
-    if not meminfo.is_file():
-        return None
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _allocate(size: int) -> Tensor:
+def page_aligned(size: int) -> Tensor:
+    """`size` bytes of ordinary memory, uint8, that start at a page. Raises ResourceError where they are refused."""
     try:
-        memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        memory = torch.empty(size + PAGE, dtype=torch.uint8)
     except RuntimeError as error:
         raise ResourceError(f"{size / 2**30:.2f} GiB of RAM for streamed blocks were refused", REMEDY) from error
-    start = -memory.data_ptr() % ALIGNMENT
+    start = -memory.data_ptr() % PAGE
     return memory[start : start + size]
 
 

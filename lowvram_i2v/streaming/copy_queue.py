@@ -1,8 +1,8 @@
 """The queue that copies run in, beside the one that computes. What the stream of blocks asks of it is one protocol;
 a mark is a point in one of the two queues that the other can wait for.
 
-Invariants: nothing here waits on the host but `finish`; copies run in the order given; bytes go from host to device and
-never back.
+Invariants: nothing here waits on the host but `await_copied` and `finish`; copies run in the order given; bytes go from
+host to device and never back.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class CopyQueue(Protocol[Mark]):
     def wait_copied(self, landed: Mark) -> None:
         """Computing that is queued from now on starts when `landed` is reached."""
 
+    def await_copied(self, landed: Mark) -> None:
+        """Returns when `landed` is reached. For threads that read, never for the one that computes."""
+
     def finish(self) -> None:
         """Returns when all copies have ended: before their memory is freed."""
 
@@ -46,11 +49,15 @@ class CudaCopyQueue:
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(after)
             target.copy_(source, non_blocking=True)
-            event: torch.cuda.Event = self._copies.record_event()
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
+            event.record(self._copies)
         return event
 
     def wait_copied(self, landed: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(landed)
+
+    def await_copied(self, landed: torch.cuda.Event) -> None:
+        landed.synchronize()
 
     def finish(self) -> None:
         self._copies.synchronize()
@@ -66,6 +73,9 @@ class SynchronousCopy:
         target.copy_(source)
 
     def wait_copied(self, landed: None) -> None:
+        return None
+
+    def await_copied(self, landed: None) -> None:
         return None
 
     def finish(self) -> None:

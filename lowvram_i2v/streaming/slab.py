@@ -1,8 +1,9 @@
 """A block is bytes: where its tensors lie in one flat uint8 buffer, and how views of it become a block's weights.
 
-Invariants: tensors lie in state dict order, without overlap, each at a multiple of ALIGNMENT; a slab holds exactly what
-the kernels use (quantized parts as they are, all else in the compute dtype), so copying a block is copying bytes. Only
-this file and the reading of the weights know dtypes; the stream and the queue see uint8.
+Invariants: tensors lie without overlap, each at a multiple of ALIGNMENT, in the order of the file where there is one
+(so that most of a block is one read); a slab holds exactly what the kernels use (quantized parts as they are, all else
+in the compute dtype), so copying a block is copying bytes. Only this file and the reading of the weights know dtypes;
+the stream and the queue see uint8.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.kernels.quant_linear import quantized_parts
-from lowvram_i2v.safetensors_file import SafetensorsFile
 
 ALIGNMENT = 256
 """Bytes. Vector loads want 16; matrix libraries choose their kernel by the alignment of the operands, up to 256, and
@@ -78,35 +77,29 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def layout_of(block: nn.Module, dtype: torch.dtype, only: Callable[[str], bool] = lambda name: True) -> SlabLayout:
+def layout_of(
+    block: nn.Module,
+    dtype: torch.dtype,
+    only: Callable[[str], bool] = lambda name: True,
+    order: Callable[[str], int] = lambda name: 0,
+) -> SlabLayout:
     """The layout of a block's weights, as of a block on the meta device whose linear layers are already quantized.
 
-    dtype: what floats become; quantized parts keep theirs. only: which names of the block's state dict.
+    dtype: what floats become; quantized parts keep theirs. only: which names of the block's state dict. order: by which
+    their tensors are sorted, equals as in the state dict; it does not change the length.
     """
-    fixed = quantized_parts(block)
+    fixed, state = quantized_parts(block), block.state_dict()
     return SlabLayout.of(
         {
-            name: (tuple(tensor.shape), fixed.get(name, dtype if tensor.is_floating_point() else tensor.dtype))
-            for name, tensor in block.state_dict().items()
-            if only(name)
+            name: (
+                tuple(state[name].shape),
+                fixed.get(name, dtype if state[name].is_floating_point() else state[name].dtype),
+            )
+            for name in sorted(filter(only, state), key=order)
         }
     )
 
 
-def byte_range(file: SafetensorsFile, prefix: str, only: Callable[[str], bool] = lambda name: True) -> range:
-    """The bytes of the file that hold a block: all tensors below `prefix` for whose full names `only` says yes.
-
-    Raises CheckpointError if anything else lies between them, or if there are none.
-    """
-    entries = [entry for name, entry in file.entries.items() if name.startswith(prefix) and only(name)]
-    if not entries:
-        raise CheckpointError(f"{file.path} has no tensors {prefix}*", "Convert the weights again.")
-    start, end = min(entry.start for entry in entries), max(entry.start + entry.bytes for entry in entries)
-    others = end - start - sum(entry.bytes for entry in entries)
-    if others:
-        raise CheckpointError(
-            f"{file.path}: {others} bytes of other tensors lie between those of {prefix.rstrip('.')}; "
-            "a streamed block must be one piece",
-            "Convert the weights again with this version.",
-        )
-    return range(start, end)
+def below(block: str, only: Callable[[str], bool]) -> Callable[[str], bool]:
+    """What `only` says of full names, asked of names below a block."""
+    return lambda name: only(f"{block}.{name}")

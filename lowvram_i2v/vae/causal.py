@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowvram_i2v.kernels.group_norm import wide
+
 NORM_EPS = 1e-6
 
 
@@ -48,8 +50,8 @@ class GroupNorm(nn.GroupNorm):
 
     def normalized(self, x: Tensor) -> Tensor:
         """[C, T, H, W] -> the same shape in float32, a tensor of its own."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float()[None], self.num_groups, weight, bias, self.eps)[0]
+        weight, bias, x = (tensor.to(wide(tensor.dtype)) for tensor in (self.weight, self.bias, x))
+        return F.group_norm(x[None], self.num_groups, weight, bias, self.eps)[0]
 
 
 class GroupNormSilu(GroupNorm):

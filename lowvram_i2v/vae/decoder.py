@@ -19,6 +19,7 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
+        self.config = config
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
         self.decoder = _Decoder(config)
 

@@ -58,9 +58,33 @@ def decode_tiled(decoder: VaeDecoder, latent: Tensor, tiling: Tiling) -> Tensor:
 
 def decode_segments(decoder: VaeDecoder, latent: Tensor, tiling: Tiling) -> Iterator[Tensor]:
     """`decode_tiled` one time tile after another: finished frames [3, f, 8 h, 8 w], in order."""
+    return blend_segments(decoder.decode, latent, tiling)
+
+
+def blend_segments(
+    decode: Callable[[Tensor], Tensor],
+    latent: Tensor,
+    tiling: Tiling,
+    land: Callable[[Tensor], Tensor] | None = None,
+    join: Callable[[list[list[Tensor]]], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """`decode_segments` with any decoder of one tile: [16, T, h, w] -> [3, 4 (T - 1) + 1, 8 h, 8 w] float32.
+
+    land: takes each finished part of a tile, to another device for example. join: makes one tensor of the rows of them.
+    """
     space = _Axis(tiling.tile, tiling.stride, tiling.spatial_ratio, 1)
     time = _Axis(tiling.tile_frames, tiling.stride_frames, tiling.time_ratio, 1)
-    return _tiled_time(lambda part: _tiled_space(decoder.decode, part, space), latent, time)
+    land, join = land or _as_it_is, join or join_tiles
+    return _tiled_time(lambda part: _tiled_space(decode, part, space, land, join), latent, time)
+
+
+def join_tiles(rows: list[list[Tensor]]) -> Tensor:
+    """Rows of tiles, each [C, T, H, W] -> one tensor."""
+    return torch.cat([torch.cat(row, COLUMNS) for row in rows], ROWS)
+
+
+def _as_it_is(part: Tensor) -> Tensor:
+    return part
 
 
 def encode_tiled(encoder: VaeEncoder, video: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -95,27 +119,34 @@ def _tiled_time(run: Callable[[Tensor], Tensor], x: Tensor, axis: _Axis) -> Iter
         del part  # not held while the next tile is computed
 
 
-def _tiled_space(run: Callable[[Tensor], Tensor], x: Tensor, axis: _Axis) -> Tensor:
+def _tiled_space(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    axis: _Axis,
+    land: Callable[[Tensor], Tensor] = _as_it_is,
+    join: Callable[[list[list[Tensor]]], Tensor] = join_tiles,
+) -> Tensor:
     """Runs `run` on [C, T, H, W] in tiles of rows and columns and joins them."""
     height, width = x.shape[ROWS:]
     if max(height, width) <= axis.tile:
-        return run(x)
-    rows: list[Tensor] = []
+        return join([[land(run(x))]])
+    rows: list[list[Tensor]] = []
     above: list[Tensor] = []
     for top in range(0, height, axis.stride):
         row: list[Tensor] = []
         below: list[Tensor] = []
         border: Tensor | None = None
-        for column, left in enumerate(range(0, width, axis.stride)):
+        for left in range(0, width, axis.stride):
             part = run(x[:, :, top : top + axis.tile, left : left + axis.tile])
-            part = _mix(above[column], part, ROWS) if above else part
+            part = _mix(above.pop(0), part, ROWS) if rows else part
             part = part if border is None else _mix(border, part, COLUMNS)
             border = _border(part, COLUMNS, axis.blend)
             below.append(_border(part, ROWS, axis.blend))
-            row.append(part[:, :, : axis.keep, : axis.keep])
-        rows.append(torch.cat(row, COLUMNS))
+            row.append(land(part[:, :, : axis.keep, : axis.keep]))
+            del part
+        rows.append(row)
         above = below
-    return torch.cat(rows, ROWS)
+    return join(rows)
 
 
 def _border(part: Tensor, dim: int, extent: int) -> Tensor:

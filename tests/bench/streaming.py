@@ -1,7 +1,8 @@
 """Streamed against resident at full size, in one process: `python tests/bench/streaming.py --model DIR`.
 
-Runs the transformer alone, on random latents and conditioning, once for each number of resident blocks: loads its
-weights, times steps by events on the device (the host waits only after the last), and prints a table row with the
+Runs the transformer alone, on random latents and conditioning, once for each way of holding the blocks (a number of
+resident ones, -1 for all; `:mapped` after it reads the others from the file): loads its weights, runs one small step to
+warm up, times steps by events on the device (the host waits only after the last), and prints a table row with the
 median step, peaks of device memory, and whether the results are the bits of the first row.
 """
 
@@ -27,6 +28,8 @@ from lowvram_i2v.device import describe, pick_device, release  # noqa: E402
 from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
 from lowvram_i2v.dit.config import TransformerConfig  # noqa: E402
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
+from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
+from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.safetensors_file import open_safetensors  # noqa: E402
 from lowvram_i2v.streaming.block_stream import BlockStream  # noqa: E402
 from lowvram_i2v.streaming.load import stream_blocks  # noqa: E402
@@ -36,14 +39,15 @@ from lowvram_i2v.variant import VARIANTS  # noqa: E402
 
 @torch.inference_mode()
 def time_steps(
-    transformer: HunyuanVideoTransformer, stream: BlockStream[torch.cuda.Event], inputs: Inputs
+    transformer: HunyuanVideoTransformer, stream: BlockStream[torch.cuda.Event], inputs: Inputs, work: Workspace
 ) -> tuple[list[float], torch.Tensor]:
     """Seconds of each step, and the sum of the velocities of all of them."""
+    transformer.predict(inputs.latents[:, :2], inputs.steps[0], _first(inputs, 2), stream, work)  # warms up
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(inputs.steps) + 1)]
     marks[0].record()
     total: torch.Tensor | None = None
     for step, mark in zip(inputs.steps, marks[1:], strict=True):
-        velocity = transformer.predict(inputs.latents, step, inputs.rope, stream)
+        velocity = transformer.predict(inputs.latents, step, inputs.rope, stream, work)
         total = velocity if total is None else total + velocity
         mark.record()
     torch.cuda.synchronize()
@@ -52,12 +56,19 @@ def time_steps(
     return seconds, total.cpu()
 
 
+def _first(inputs: Inputs, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary table of the first latent frames."""
+    tokens = frames * len(inputs.rope[0]) // inputs.latents.shape[1]
+    return inputs.rope[0][:tokens], inputs.rope[1][:tokens]
+
+
 def measure(
-    model: ModelFolder, inputs: Inputs, options: argparse.Namespace, resident: int, first: torch.Tensor | None
+    model: ModelFolder, inputs: Inputs, options: argparse.Namespace, way: str, first: torch.Tensor | None
 ) -> tuple[float, torch.Tensor]:
     """One row of the table; the median step in seconds, and the result."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.reset_peak_memory_stats(device)
+    resident, host = int(way.partition(":")[0]), way.partition(":")[2] or "pinned"
     start = time.perf_counter()
     with (
         model.load(
@@ -74,19 +85,23 @@ def measure(
             dtype=torch.bfloat16,
             resident=resident,
             slots=options.slots,
+            host=host,
             only=lambda name: not is_conditioning(name),
         ) as stream,
     ):
         loading = time.perf_counter() - start
         weights = torch.cuda.memory_allocated(device)
-        seconds, result = time_steps(transformer, stream, inputs)
-    median = statistics.median(seconds[1:])  # the first one warms up
+        set_compute(transformer, options.compute)
+        chunking = Chunking(options.rows, options.heads)
+        text = len(inputs.steps[0].txt)
+        work = Workspace(model.header.transformer, len(inputs.rope[0]), text, chunking, device, torch.bfloat16)
+        seconds, result = time_steps(transformer, stream, inputs, work)
+    median = statistics.median(seconds)
     same = "-" if first is None else "yes" if torch.equal(first, result) else "NO"
     row = [
-        "all" if resident < 0 else str(resident),
+        way,
         f"{median:.3f} s",
-        f"{min(seconds[1:]):.3f} .. {max(seconds[1:]):.3f} s",
-        f"{seconds[0]:.3f} s",
+        f"{min(seconds):.3f} .. {max(seconds):.3f} s",
         f"{weights / 2**30:.2f} GiB",
         f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB",
         f"{torch.cuda.max_memory_reserved(device) / 2**30:.2f} GiB",
@@ -112,14 +127,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model folder of full size")
     parser.add_argument("--size", default="512x512", help="WIDTHxHEIGHT")
     parser.add_argument("--frames", type=int, default=129)
-    parser.add_argument("--steps", type=int, default=6, help="the first one is not counted")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--text-tokens", type=int, default=300)
-    parser.add_argument("--resident", type=int, nargs="+", default=[-1, 0], help="-1: all")
+    parser.add_argument("--resident", nargs="+", default=["-1", "0"], metavar="N[:mapped]", help="-1: all")
+    parser.add_argument("--compute", default="w8a16")
+    parser.add_argument("--rows", type=int, default=4096, help="tokens of a chunk")
+    parser.add_argument("--heads", type=int, default=24, help="of one attention call")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--attention", default="sdpa")
     options = parser.parse_args()
-    if options.steps < 2:
-        parser.error("--steps: two or more, the first one is not counted")
     device, model = pick_device("cuda"), open_transformer(options.model)
     width, height = (int(side) for side in options.size.split("x"))
     inputs = random_inputs(
@@ -131,9 +147,9 @@ def main() -> None:
         dtype=torch.bfloat16,
         text_tokens=options.text_tokens,
     )
-    print(f"{model.header.scheme}, {options.size}x{options.frames}, {options.slots} slots, {describe(device)}")
-    print("| resident blocks | median step | min .. max | first step | weights | peak | reserved | load | same bits |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"{model.header.scheme} {options.compute}, {options.size}x{options.frames}, {describe(device)}")
+    print("| resident blocks | median step | min .. max | weights | peak | reserved | load | same bits |")
+    print("|---|---|---|---|---|---|---|---|")
     medians, result = [], None
     for resident in options.resident:
         median, result_now = measure(model, inputs, options, resident, result)

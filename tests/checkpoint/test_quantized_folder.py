@@ -115,17 +115,17 @@ def test_the_text_encoder_is_quantized_and_its_vision_tower_is_not(scheme: str, 
 
 @QUANTIZING
 def test_a_video_from_quantized_weights(scheme: str, model: Path, tmp_path: Path) -> None:
-    plain = prepare(request(tmp_path), model, load_profile("whole"), CPU, ignore)
+    plain = prepare(request(tmp_path), model, load_profile("auto"), CPU, ignore)
     noise = draw_noise(plain.latent_shape, 0)
     prompts, image = pipeline.encode_prompts(plain), pipeline.encode_image(plain)
     expected = pipeline.sample(plain, pipeline.condition_steps(plain, prompts), image, noise)
     for component in ("transformer", "text_encoder"):
         quantize(model, component, scheme)
-    job = prepare(request(tmp_path), model, load_profile("whole"), CPU, ignore)
+    job = prepare(request(tmp_path), model, load_profile("auto"), CPU, ignore)
     assert job.model.header.scheme == scheme
     actual = pipeline.sample(job, pipeline.condition_steps(job, pipeline.encode_prompts(job)), image, noise)
     assert 0 < relative_l2(actual, expected) < {"int8": 0.03, "fp8": 0.1, "nf4": 0.3}[scheme]
-    video = pipeline.generate(request(tmp_path), model, load_profile("whole"), CPU, ignore)
+    video = pipeline.generate(request(tmp_path), model, load_profile("auto"), CPU, ignore)
     assert video.stat().st_size > 0
 
 
@@ -133,7 +133,7 @@ def assert_refused(folder: Path, tmp_path: Path, *lines: str) -> None:
     """Before a weight is read, by both ways in."""
     opened = open_model(folder)
     with pytest.raises(CheckpointError) as checked:
-        prepare(request(tmp_path), folder, load_profile("whole"), CPU, ignore)
+        prepare(request(tmp_path), folder, load_profile("auto"), CPU, ignore)
     with pytest.raises(CheckpointError) as loaded:
         opened.load("transformer", lambda: transformer(opened), device=CPU, dtype=None).__enter__()
     for line in lines:

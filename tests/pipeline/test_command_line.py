@@ -98,7 +98,7 @@ def test_the_closing_table_names_every_phase(generate: Run, tmp_path: Path, caps
         (("--output", "nowhere/out.mp4"), "does not exist"),
         (("--output", "out.avi"), ".mp4"),
         (("--model", "nowhere"), "model.json"),
-        (("--profile", "nothing"), "whole"),
+        (("--profile", "nothing"), "6gb"),
         (("--device", "cuda:99"), "cuda:99"),
         (("--device", "abacus"), "abacus"),
     ],
@@ -183,4 +183,4 @@ def test_all_missing_flags_are_named_at_once(capsys: pytest.CaptureFixture[str],
 
 def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profiles"]) == 0
-    assert "whole" in capsys.readouterr().out
+    assert "auto" in capsys.readouterr().out

@@ -42,7 +42,7 @@ def job_of(info: dict[str, Any], model: Path, output: Path) -> Job:
         guidance=c["embedded_guidance_scale"],
         cfg=c["guidance_scale"],
     )
-    return prepare(request, model, load_profile("whole"), CPU, ignore)
+    return prepare(request, model, load_profile("auto"), CPU, ignore)
 
 
 def run(job: Job, case: Golden, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def test_whole_call_equals_the_reference(
         cfg=c["guidance_scale"],
         seed=c["seed"],
     )
-    job = prepare(request, model_of(info), load_profile("whole"), CPU, ignore)
+    job = prepare(request, model_of(info), load_profile("auto"), CPU, ignore)
     base = int(c["i2v_resolution"].removeprefix("tiny")) if c["i2v_resolution"].startswith("tiny") else None
     if base is not None:
         assert nearest_bucket(*job.picture.size, base) == (expected_height, expected_width)

@@ -45,4 +45,4 @@ def test_profiles_and_subpackages_are_found_from_another_folder(tmp_path: Path) 
         "print(profile_names())"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "whole" in shown.stdout
+    assert "auto" in shown.stdout

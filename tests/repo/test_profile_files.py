@@ -46,5 +46,5 @@ def test_faults_are_named(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(RequestError, match="whole"):
+    with pytest.raises(RequestError, match="auto"):
         load_profile("nothing")

@@ -1,0 +1,72 @@
+"""How long a step takes on a card that is not there: an estimate from published rates, marked as one.
+
+A step is arithmetic and copying side by side. Arithmetic: attention and matrix products at the card's rate for 16-bit
+operands with float32 sums (8-bit products where the profile has them), times the share of it that libraries reach; and
+the elementwise chains, which read and write the tokens. Copying: the streamed bytes over the bus.
+
+Rates are the makers' (dense, GeForce with full-precision sums), bus rates what page-locked copies reach, about 80 %.
+Measured here: an H100 only (docs/measurements.md). Everything else is a lead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowvram_i2v.dit.config import TransformerConfig
+
+ATTENTION_SHARE, PRODUCT_SHARE = 0.90, 0.85
+"""Shares of the peak rate: torch's attention reaches 0.96 of it on GeForce, 0.6 on an H100; products 0.75 to 0.9."""
+PASSES = 30
+"""Reads and writes of all tokens by a block's elementwise chains in plain torch."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """half, int8: dense TFLOP/s and TOP/s; bandwidth: GB/s of its memory; bus: GB/s from RAM."""
+
+    name: str
+    vram_gib: int
+    half: float
+    int8: float
+    bandwidth: float
+    bus: float
+
+
+CARDS = (
+    Card("RTX 3060 12GB", 12, 25.5, 102, 360, 25),
+    Card("RTX 4060 8GB", 8, 30.2, 121, 272, 13),
+    Card("RTX 3090", 24, 71.2, 285, 936, 25),
+    Card("RTX 4070", 12, 58, 233, 504, 25),
+    Card("RTX 4090", 24, 165, 661, 1008, 25),
+    Card("RTX 5090", 32, 209.5, 838, 1792, 50),
+    Card("H100 SXM", 80, 640, 1979, 3000, 50),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one pass of the transformer, and the bytes of its tokens."""
+
+    attention: float
+    products: float
+    tokens: int
+
+    @classmethod
+    def of(cls, config: TransformerConfig, image_tokens: int, text_tokens: int, element: int) -> Work:
+        """A double block has a qkv, a projection and two MLP products a stream, a single block the same in two."""
+        count, hidden = image_tokens + text_tokens, config.hidden_size
+        blocks = config.double_blocks + config.single_blocks
+        parameters = 4 * hidden * hidden + 2 * hidden * config.mlp_hidden
+        return cls(
+            attention=4.0 * blocks * count * count * hidden,
+            products=2.0 * blocks * count * parameters,
+            tokens=count * hidden * element * blocks,
+        )
+
+
+def step_seconds(card: Card, work: Work, streamed: int, eight_bit: bool) -> float:
+    """Estimated seconds of a pass. streamed: bytes copied to the card in it."""
+    products = card.int8 if eight_bit else card.half
+    arithmetic = work.attention / (card.half * ATTENTION_SHARE) + work.products / (products * PRODUCT_SHARE)
+    elementwise = PASSES * work.tokens / (card.bandwidth * 1e9)
+    return max(arithmetic / 1e12 + elementwise, streamed / (card.bus * 1e9))

@@ -1,0 +1,131 @@
+"""`plan` and `profiles`: what a run will take, before a weight is read or a GPU is asked."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram_i2v.errors import RequestError
+from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile, profile_names
+from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, nearest_bucket
+from lowvram_i2v.variant import VARIANTS
+
+if TYPE_CHECKING:
+    from lowvram_i2v.plan import MemoryPlan, Video
+    from lowvram_i2v.sizes import ModelSizes
+
+WIDE = (16, 9)
+"""The picture that `--resolution` is planned for if no ratio is known."""
+SCHEMES = ("int8", "fp8", "nf4", "bf16")
+
+
+def add_commands(commands: Any, size: Any) -> None:
+    """Adds both. size: the parser of WIDTHxHEIGHT."""
+    default = GenerateRequest(Path(), "", Path())
+    parser = commands.add_parser("plan", help="what a run will take, without weights or GPU; what fits")
+    parser.set_defaults(command=_plan)
+    add = parser.add_argument
+    add("--profile", metavar="NAME", default=DEFAULT_PROFILE, help="see `lowvram-i2v profiles` (default %(default)s)")
+    add("--model", type=Path, metavar="DIR", help="a model folder; without it the released model")
+    add("--scheme", choices=SCHEMES, default="int8", help="of the released model (default %(default)s)")
+    add("--variant", choices=VARIANTS, default="token_replace", help="of the released model (default %(default)s)")
+    add("--resolution", choices=RESOLUTIONS, default=default.resolution, help="16:9 in it (default %(default)s)")
+    add("--size", type=size, metavar="WxH", help="exact size in pixels instead of --resolution")
+    add("--frames", type=int, default=default.frames, metavar="N", help="4n+1 (default %(default)s)")
+    add("--steps", type=int, default=default.steps, metavar="N", help="(default %(default)s)")
+    add("--cfg", type=float, default=default.cfg, metavar="X", help="above 1 each step runs twice")
+    add("--vram", type=float, metavar="GIB", help="plan for a card with this much free, not for this machine's")
+    add("--ram", type=float, metavar="GIB", help="plan for this much free RAM, not for this machine's")
+    add("--max-frames", action="store_true", help="only say how many frames fit at this size")
+    add("--max-size", action="store_true", help="only say which size of this ratio fits with these frames")
+    profiles = commands.add_parser("profiles", help="list the profiles")
+    profiles.set_defaults(command=_profiles)
+
+
+def _profiles(options: argparse.Namespace) -> int:
+    for name in profile_names():
+        print(f"{name:10} {load_profile(name).description}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from lowvram_i2v.plan import fits, largest_size, limit_of, make_plan, most_frames
+
+    profile, video, sizes = load_profile(options.profile), _video(options), _sizes(options)
+    machine = _machine(options)
+    limit = limit_of(profile, machine)
+    if limit is None:
+        raise RequestError(
+            f"profile {profile.name} takes what is free on a card, and no card is known here",
+            "Name a profile of a size (--profile 8gb), or what is free (--vram 7.4).",
+        )
+    fitting = partial(fits, sizes, profile=profile, limit=limit)
+    if options.max_frames:
+        frames = most_frames(video, fitting)
+        print(f"{video.width}x{video.height}: {f'up to {frames} frames' if frames else 'no number of frames fits'}")
+    if options.max_size:
+        size = largest_size(video, fitting)
+        print(f"{video.frames} frames: {f'up to {size[0]}x{size[1]}' if size else 'no size fits'}")
+    if options.max_frames or options.max_size:
+        return 0
+    plan = make_plan(sizes, video, profile, machine)
+    print(f"{video}; {sizes.scheme or 'bf16'} weights; profile {profile.name}")
+    print(plan.table())
+    print(estimates(plan, sizes, video, profile.compute))
+    return 0
+
+
+def estimates(plan: MemoryPlan, sizes: ModelSizes, video: Video, compute: str) -> str:
+    """Seconds a step and minutes in all on the cards that could hold the plan. From published rates, not measured."""
+    from lowvram_i2v.cards import CARDS, Work, step_seconds
+    from lowvram_i2v.plan import tokens
+    from lowvram_i2v.sizes import ELEMENT
+
+    work, passes = Work.of(sizes.transformer, *tokens(sizes, video), ELEMENT), 2 if video.cfg else 1
+    lines = ["estimated, not measured, from published rates (denoising only):"]
+    for card in CARDS:
+        step = passes * step_seconds(card, work, plan.streamed, compute == "w8a8" and sizes.scheme == "int8")
+        lines.append(f"  {card.name:14} {step:6.1f} s a step, {video.steps * step / 60:5.1f} min for {video.steps}")
+    return "\n".join(lines)
+
+
+def _video(options: argparse.Namespace) -> Video:
+    from lowvram_i2v.plan import Video
+
+    request = GenerateRequest(
+        Path(),
+        "",
+        Path(),
+        resolution=options.resolution,
+        size=options.size,
+        frames=options.frames,
+        steps=options.steps,
+        cfg=options.cfg,
+    )
+    request.check()
+    height, width = nearest_bucket(*WIDE, RESOLUTIONS[options.resolution])
+    width, height = options.size or (width, height)
+    return Video(width, height, options.frames, options.steps, options.cfg > 1)
+
+
+def _sizes(options: argparse.Namespace) -> ModelSizes:
+    from lowvram_i2v.checkpoint import open_model
+    from lowvram_i2v.sizes import sizes_of
+    from lowvram_i2v.synth.headers import model_headers
+
+    if options.model is not None:
+        return sizes_of(open_model(options.model))
+    return sizes_of(model_headers("full", VARIANTS[options.variant], options.scheme))
+
+
+def _machine(options: argparse.Namespace) -> Any:
+    from lowvram_i2v.host_memory import available_ram
+    from lowvram_i2v.plan import GIB, Machine
+
+    for flag, value in (("--vram", options.vram), ("--ram", options.ram)):
+        if value is not None and not 0 < value < 2**20:
+            raise RequestError(f"{flag} is {value:g}.", "Give GiB, such as 7.5.")
+    ram = available_ram() if options.ram is None else int(options.ram * GIB)
+    return Machine(None if options.vram is None else int(options.vram * GIB), ram)

@@ -1,0 +1,312 @@
+"""The plan of a run: what is resident, how many slots, how large chunks are, and what each phase takes.
+
+Arithmetic on headers and shapes: no weight is read and no GPU is asked. Every number of bytes comes from a function
+that stands beside the code which allocates them (`activation_bytes` beside the workspace, `decode_bytes` beside the
+decoder, ...); here they are added up and held against the budget.
+
+Invariants: what does not fit is refused here, with need, have and the nearest thing that fits, or never; the prediction
+is what torch's allocator reserves at most, within 5 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from lowvram_i2v.dit.conditioning import conditioning_bytes, step_bytes
+from lowvram_i2v.dit.workspace import Chunking, activation_bytes
+from lowvram_i2v.errors import ResourceError
+from lowvram_i2v.profile import VramProfile
+from lowvram_i2v.request import MAX_FRAMES, MAX_SIDE, MIN_FRAMES, SIZE_STEP
+from lowvram_i2v.sizes import ELEMENT, ModelSizes
+from lowvram_i2v.streaming.block_stream import streamed_places
+from lowvram_i2v.streaming.load import host_bytes
+from lowvram_i2v.text.streamed import longest_prompt, text_bytes
+from lowvram_i2v.vae.memory import decode_bytes, encode_bytes
+
+GIB, MIB = 2**30, 2**20
+ROWS = (4096, 2048, 1024, 512)
+"""Tokens of a chunk, best first: matrix products run at full rate from about 4096 rows on."""
+FEWEST_HEADS = 4
+LIBRARIES = 48 * MIB
+"""Work space that the matrix libraries take from torch's allocator, once."""
+PROCESS_RAM = 2 * GIB
+"""The program itself: Python, torch, CUDA's libraries."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: None if unknown."""
+
+    vram: int | None
+    ram: int | None
+
+
+@dataclass(frozen=True)
+class Video:
+    """What is to be made. Sides in pixels; cfg: whether each step runs the model twice."""
+
+    width: int
+    height: int
+    frames: int
+    steps: int = 50
+    cfg: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, {self.frames} frames"
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Predicted peaks of one phase in bytes: video memory that the allocator reserves, and RAM of the process."""
+
+    name: str
+    vram: int
+    ram: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run does with its memory.
+
+    limit: what the allocator may reserve in bytes, None for no limit. resident: how many of the blocks stay on the
+    device. streamed: bytes that are copied to it in each pass. host: where these wait, "pinned" or "mapped".
+    """
+
+    limit: int | None
+    reserve: int
+    phases: tuple[PhasePlan, ...]
+    resident: int
+    blocks: int
+    slots: int
+    streamed: int
+    host: str
+    chunking: Chunking
+
+    def vram(self, phase: str) -> int:
+        """Predicted bytes of a phase."""
+        return next(entry.vram for entry in self.phases if entry.name == phase)
+
+    def table(self) -> str:
+        """A row for each phase, and what was chosen."""
+        lines = [f"{'phase':14}{'VRAM':>10}{'RAM':>10}"]
+        lines += [f"{p.name:14}{p.vram / GIB:6.2f} GiB{p.ram / GIB:6.1f} GiB" for p in self.phases]
+        if self.limit is not None:
+            lines.append(
+                f"budget        {self.limit / GIB:6.2f} GiB beside {self.reserve / GIB:.2f} GiB for CUDA itself"
+            )
+        where = "RAM" if self.host == "pinned" else "the file"
+        streaming = f"{self.streamed / 1e9:.2f} GB a pass from {where} through {self.slots} slots"
+        lines.append(
+            f"{self.resident} of {self.blocks} blocks stay on the card, {streaming if self.slots else 'none streams'};"
+        )
+        lines.append(f"chunks of {self.chunking.rows} tokens, attention over {self.chunking.heads} heads at a time")
+        return "\n".join(lines)
+
+
+def make_plan(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> MemoryPlan:
+    """The plan of a run. Raises ResourceError if a phase cannot fit."""
+    limit, reserve = limit_of(profile, machine), int(profile.reserve_gib * GIB)
+    plan = _best(sizes, video, profile, limit)
+    if plan is None:
+        raise _refused(sizes, video, profile, limit)
+    if machine.ram is not None:
+        plan = _within_ram(sizes, video, profile, plan, machine.ram)
+    return replace(plan, limit=limit, reserve=reserve)
+
+
+def limit_of(profile: VramProfile, machine: Machine) -> int | None:
+    """Bytes that the allocator may reserve: the profile's, less what CUDA takes, and never more than is free."""
+    limits = [] if machine.vram is None else [machine.vram]
+    if profile.vram_gib:
+        limits.append(int((profile.vram_gib - profile.reserve_gib) * GIB))
+    return min(limits, default=None)
+
+
+def _best(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> MemoryPlan | None:
+    """The fastest plan below the limit: the largest chunks, then as many resident blocks as fit. None if none fits."""
+    others = _other_phases(sizes, video, profile)
+    if limit is not None and any(phase.vram > limit for phase in others.values()):
+        return None
+    for chunking in chunkings(sizes.transformer.heads):
+        resident = _most_resident(sizes, video, profile, chunking, limit)
+        if resident is not None:
+            return _plan(sizes, video, profile, chunking, resident, others)
+    return None
+
+
+def chunkings(heads: int) -> list[Chunking]:
+    """Ways to cut the work, the fastest first. The first is for who has memory to spare."""
+    groups = [n for n in range(heads, 0, -1) if heads % n == 0 and (n >= FEWEST_HEADS or n == heads)]
+    return [Chunking(ROWS[0], heads) for heads in groups] + [Chunking(rows, groups[-1]) for rows in ROWS[1:]]
+
+
+def _most_resident(
+    sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, limit: int | None
+) -> int | None:
+    """How many blocks can stay on the device; None if not even slots for streaming fit."""
+    blocks = len(sizes.slabs)
+    wanted = blocks if profile.resident_blocks < 0 else min(profile.resident_blocks, blocks)
+    for resident in range(wanted, -1, -1):
+        if limit is None or _denoise_bytes(sizes, video, profile, chunking, resident) <= limit:
+            return resident
+    return None
+
+
+def _plan(
+    sizes: ModelSizes,
+    video: Video,
+    profile: VramProfile,
+    chunking: Chunking,
+    resident: int,
+    others: dict[str, PhasePlan],
+) -> MemoryPlan:
+    places = streamed_places(len(sizes.slabs), resident, profile.slots)
+    host = "pinned" if profile.host == "auto" else profile.host
+    denoise = PhasePlan(
+        "denoise",
+        _denoise_bytes(sizes, video, profile, chunking, resident),
+        PROCESS_RAM + host_bytes(sizes.slabs, places, host),
+    )
+    order = ("text", "pooled text", "image", "conditioning", "denoise", "decode")
+    return MemoryPlan(
+        limit=None,
+        reserve=0,
+        phases=tuple(denoise if name == "denoise" else others[name] for name in order),
+        resident=len(sizes.slabs) - len(places),
+        blocks=len(sizes.slabs),
+        slots=profile.slots if places else 0,
+        streamed=sum(sizes.slabs[place] for place in places),
+        host=host,
+        chunking=chunking,
+    )
+
+
+def _denoise_bytes(sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, resident: int) -> int:
+    """Weights outside the blocks, resident blocks, slots, inputs, and what a step allocates."""
+    slabs, (image, text) = sizes.slabs, tokens(sizes, video)
+    places = set(streamed_places(len(slabs), resident, profile.slots))
+    staying = sum(size for place, size in enumerate(slabs) if place not in places)
+    slots = profile.slots * max((slabs[place] for place in places), default=0)
+    activations = activation_bytes(
+        sizes.transformer, image, text, chunking, scheme=sizes.scheme, compute=profile.compute, element=ELEMENT
+    )
+    return LIBRARIES + sizes.loop + staying + slots + _input_bytes(sizes, video) + activations
+
+
+def _input_bytes(sizes: ModelSizes, video: Video) -> int:
+    """Float32 latents and rotary tables, the model's further input channels, one step's conditioning."""
+    config = sizes.transformer
+    image, text = tokens(sizes, video)
+    latents = 4 * image * 4 * config.out_channels  # 2 x 2 latents a token
+    further = 0 if config.replaces_first_frame else latents * config.in_channels // config.out_channels
+    guided = latents if video.cfg else 0
+    rope = 2 * 4 * image * config.head_dim // 2
+    return latents + further + guided + rope + step_bytes(config, text, ELEMENT)
+
+
+def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
+    """Image tokens of the video, and text tokens of the longest prompt."""
+    frames = (video.frames - 1) // sizes.vae.time_ratio + 1
+    side = sizes.vae.spatial_ratio * sizes.transformer.patch_size[1]
+    image = frames * (video.height // side) * (video.width // side)
+    return image, longest_prompt(sizes.text_encoder, sizes.variant.image_row_stride)
+
+
+def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile) -> dict[str, PhasePlan]:
+    """All phases but the loop: nothing in them depends on resident blocks or chunks of it."""
+    frames = (video.frames - 1) // sizes.vae.time_ratio + 1
+    ratio = sizes.vae.spatial_ratio
+    latent = (frames, video.height // ratio, video.width // ratio)
+    text = tokens(sizes, video)[1]
+    text_vram, text_ram = text_bytes(sizes.text_encoder, sizes.text_file, ELEMENT)
+    decode_vram, decode_ram = decode_bytes(sizes.vae, latent, profile.decode)
+    conditioning = conditioning_bytes(
+        sizes.transformer, video.steps, text, video.cfg, max(sizes.modulation), ELEMENT, sizes.scheme
+    )
+    hoisted = video.steps * (2 if video.cfg else 1) * step_bytes(sizes.transformer, text, ELEMENT)
+    ring = host_bytes(sizes.modulation, list(range(len(sizes.modulation))), "mapped")
+    phases = (
+        PhasePlan("text", LIBRARIES + text_vram, PROCESS_RAM + text_ram),
+        PhasePlan("pooled text", LIBRARIES + sizes.clip, PROCESS_RAM),
+        PhasePlan("image", LIBRARIES + encode_bytes(sizes.vae, video.width, video.height), PROCESS_RAM),
+        PhasePlan("conditioning", LIBRARIES + sizes.before + conditioning, PROCESS_RAM + hoisted + ring),
+        PhasePlan("decode", LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
+    )
+    return {phase.name: phase for phase in phases}
+
+
+def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
+    """The plan, with blocks read from the file where RAM cannot hold them. Raises ResourceError if that is forbidden or
+    does not help."""
+    have = ram + PROCESS_RAM  # the process is running already
+    if all(phase.ram <= have for phase in plan.phases):
+        return plan
+    if profile.host == "auto" and plan.host == "pinned":
+        mapped = replace(profile, host="mapped")
+        others = _other_phases(sizes, video, mapped)
+        return _within_ram(sizes, video, mapped, _plan(sizes, video, mapped, plan.chunking, plan.resident, others), ram)
+    worst = max(plan.phases, key=lambda phase: phase.ram)
+    raise ResourceError(
+        f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, and {ram / GIB:.2f} GiB are available",
+        'Close other programs, or use a profile with host = "mapped", which reads blocks from the disk.',
+    )
+
+
+def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> ResourceError:
+    """What does not fit, what it needs at least, what there is, and the nearest video that fits."""
+    assert limit is not None
+    phases = list(_other_phases(sizes, video, profile).values())
+    smallest = chunkings(sizes.transformer.heads)[-1]
+    phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, smallest, 0), 0))
+    worst = max(phases, key=lambda phase: phase.vram)
+    fitting = partial(fits, sizes, profile=profile, limit=limit)
+    frames, size = most_frames(video, fitting), largest_size(video, fitting)
+    nearest = [f"--frames {frames} at this size"] if frames else []
+    nearest += [f"--size {size[0]}x{size[1]} with {video.frames} frames"] if size else []
+    return ResourceError(
+        f"{video}: {worst.name} needs {worst.vram / GIB:.2f} GiB of video memory, and profile {profile.name} has "
+        f"{limit / GIB:.2f} GiB beside what CUDA takes",
+        f"What fits: {', or '.join(nearest)}." if nearest else "Nothing fits there: the model's own weights do not.",
+    )
+
+
+def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, limit: int) -> bool:
+    """Whether some plan for this video stays below the limit."""
+    smallest = chunkings(sizes.transformer.heads)[-1]
+    resident = max(profile.resident_blocks, 0)
+    return _denoise_bytes(sizes, video, profile, smallest, resident) <= limit and all(
+        phase.vram <= limit for phase in _other_phases(sizes, video, profile).values()
+    )
+
+
+def most_frames(video: Video, fitting: Callable[[Video], bool]) -> int | None:
+    """The largest number of frames, 4n + 1, that fits at the video's size; None if none does."""
+    counts = range(MIN_FRAMES, MAX_FRAMES + 1, 4)
+    return _last(counts, lambda frames: fitting(replace(video, frames=frames)))
+
+
+def largest_size(video: Video, fitting: Callable[[Video], bool]) -> tuple[int, int] | None:
+    """The largest (width, height) of about the video's ratio that fits with its frames; None if none does."""
+    longer = max(video.width, video.height)
+
+    def scaled(side: int) -> tuple[int, int]:
+        width, height = (round(x * side / longer / SIZE_STEP) * SIZE_STEP for x in (video.width, video.height))
+        return max(width, SIZE_STEP), max(height, SIZE_STEP)
+
+    def fits_scaled(side: int) -> bool:
+        width, height = scaled(side)
+        return fitting(replace(video, width=width, height=height))
+
+    side = _last(range(SIZE_STEP, MAX_SIDE + 1, SIZE_STEP), fits_scaled)
+    return None if side is None else scaled(side)
+
+
+def _last(values: range, fitting: Callable[[int], bool]) -> int | None:
+    """The last of the values that fits, if those that fit come first; None if the first does not."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fitting(values[middle]) else (low, middle)
+    return values[low - 1] if low else None

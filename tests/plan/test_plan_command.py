@@ -1,0 +1,77 @@
+"""`lowvram-i2v plan`: a table without weights or GPU, what fits, and clear refusals."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import Made
+from tiny_models import model_once as model_once
+from tiny_models import released_once as released_once
+
+from lowvram_i2v.cards import CARDS, Work, step_seconds
+from lowvram_i2v.cli import main
+from lowvram_i2v.dit.config import TransformerConfig
+
+PHASES = ("text", "pooled text", "image", "conditioning", "denoise", "decode")
+
+
+def test_the_table_names_phases_choices_and_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--profile", "8gb", "--resolution", "540p", "--frames", "65"]) == 0
+    shown = capsys.readouterr().out
+    for phase in PHASES:
+        assert re.search(rf"^{phase} +\d+\.\d\d GiB +\d+\.\d GiB$", shown, re.MULTILINE), phase
+    assert "blocks stay on the card" in shown
+    assert "estimated, not measured" in shown
+    assert all(card.name in shown for card in CARDS)
+
+
+def test_a_model_folder_is_planned_too(model_once: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(model_once("latent_concat", "int8"))
+    assert main(["plan", "--model", folder, "--profile", "6gb", "--size", "128x96", "--frames", "9"]) == 0
+    assert "4 of 4 blocks stay on the card" in capsys.readouterr().out
+
+
+def test_what_fits_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--profile", "8gb", "--size", "960x544", "--max-frames", "--max-size"]) == 0
+    frames, size = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"960x544: up to \d+ frames", frames)
+    assert re.fullmatch(r"129 frames: up to \d+x\d+", size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--profile", "auto"), "no card is known here"),
+        (("--profile", "6gb", "--frames", "128"), "4n+1"),
+        (("--profile", "6gb", "--size", "1000x700"), "nearest"),
+        (("--profile", "6gb", "--size", "4096x4096"), "What fits: --frames"),
+        (("--vram", "0.5"), "GiB of video memory"),
+        (("--vram", "-1"), "--vram"),
+        (("--profile", "6gb", "--ram", "1"), "GiB of RAM"),
+        (("--profile", "nothing"), "6gb"),
+        (("--profile", "6gb", "--model", "no-such-folder"), "model folder"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["plan", *flags]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_free_memory_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--vram", "20", "--ram", "64", "--size", "512x512"]) == 0
+    assert "20.00 GiB" in capsys.readouterr().out
+
+
+def test_a_step_takes_the_longer_of_arithmetic_and_copying() -> None:
+    config = TransformerConfig()
+    work = Work.of(config, 119200, 400, 2)
+    assert work.attention + work.products == pytest.approx(12.1e15, rel=0.02)
+    card = next(card for card in CARDS if card.name == "RTX 4090")
+    assert step_seconds(card, work, 9_060_000_000, False) == step_seconds(card, work, 0, False)
+    small = Work.of(config, 100, 100, 2)
+    assert step_seconds(card, small, 25_000_000_000, False) == pytest.approx(1.0)
+    assert step_seconds(card, work, 0, True) < step_seconds(card, work, 0, False)
