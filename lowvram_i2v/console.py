@@ -46,9 +46,11 @@ class Console:
         """Time, planned and measured peak of video memory of every finished phase."""
         rows = [("phase", "time", "planned", "reserved", "allocated")]
         for event in self.finished:
-            planned = self.planned.vram.get(event.phase, 0)
-            sizes = (planned, event.peak_reserved, event.peak_allocated) if event.peak_reserved else (0, 0, 0)
-            rows.append((event.phase, seconds(event.seconds), *(gib(size) if size else "-" for size in sizes)))
+            planned, reserved, allocated = "-", "-", "-"
+            if event.peak_reserved:
+                planned = gib(self.planned.vram.get(event.phase, 0))
+                reserved, allocated = gib(event.peak_reserved), gib(event.peak_allocated)
+            rows.append((event.phase, seconds(event.seconds), planned, reserved, allocated))
         rows.append(("total", seconds(sum(event.seconds for event in self.finished)), "", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

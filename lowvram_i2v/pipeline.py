@@ -25,6 +25,7 @@ from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced
 from lowvram_i2v.image import pixels
 from lowvram_i2v.job import DEFAULTS, Job, RunOptions, VideoJob, prepare, prepare_decode
+from lowvram_i2v.kernels.ops import choose
 from lowvram_i2v.kernels.quant_linear import set_compute
 from lowvram_i2v.latents_file import LatentsFile, latents_path, save_latents
 from lowvram_i2v.preview import PreviewWriter, preview_path
@@ -43,7 +44,9 @@ from lowvram_i2v.text.streamed import is_loaded, streamed_llava
 from lowvram_i2v.text.tokenizers import ClipTokenizer, LlavaTokenizer
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.encoder import VaeEncoder
-from lowvram_i2v.vae.tiles import Tiling, decode_segments
+from lowvram_i2v.vae.engine import decode_frames
+from lowvram_i2v.vae.image_encoder import ImageEncoder
+from lowvram_i2v.vae.policy import policy_of
 from lowvram_i2v.video import to_uint8, write_video
 
 if TYPE_CHECKING:
@@ -156,7 +159,7 @@ def encode_image(job: Job) -> Tensor:
         job.model.load("vae", lambda: VaeEncoder(vae), device=device, dtype=dtype) as encoder,
     ):
         frame = torch.from_numpy(pixels(job.first_frame))[:, None].to(device)
-        mean, _ = encoder.encode(frame)
+        mean, _ = ImageEncoder(encoder).encode(frame)
         latent = mean.cpu() * vae.scaling_factor
     job.cache.keep_latent(key, latent)
     return latent
@@ -238,7 +241,7 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
         ) as blocks,
     ):
         set_compute(transformer, job.profile.compute)
-        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype)
+        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype, choose(device))
         velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks, work)
         sigmas = flow_sigmas(request.steps, job.flow_shift)
         return denoise(
@@ -295,20 +298,12 @@ def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
         ) as decoder,
     ):
         done = -drop
-        for segment in _segments(job, decoder, latents.to(device) / header.vae.scaling_factor):
-            frames = (segment / 2 + 0.5).clamp(0, 1).cpu()
+        latents, policy = latents / header.vae.scaling_factor, policy_of(job.profile.decode)
+        for segment in decode_frames(decoder, latents, policy, job.plan.decoding):
+            frames = (segment / 2 + 0.5).clamp(0, 1)
             yield frames[:, max(0, -done) :]
             done += frames.shape[1]
             job.listen(PhaseAdvanced("decode", max(0, done)))
-
-
-def _segments(job: VideoJob, decoder: VaeDecoder, latents: Tensor) -> Iterator[Tensor]:
-    """What the profile's decode policy makes of it: one piece, or the reference's tiles in time."""
-    with torch.inference_mode():
-        if job.profile.decode == "plain":
-            yield decoder.decode(latents)
-        else:
-            yield from decode_segments(decoder, latents, Tiling.from_config(job.model.header.vae))
 
 
 def write(job: VideoJob, pieces: Iterator[Tensor]) -> Path:

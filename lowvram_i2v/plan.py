@@ -23,7 +23,11 @@ from lowvram_i2v.sizes import ELEMENT, ModelSizes
 from lowvram_i2v.streaming.block_stream import streamed_places
 from lowvram_i2v.streaming.load import host_bytes
 from lowvram_i2v.text.streamed import longest_prompt, text_bytes
-from lowvram_i2v.vae.memory import decode_bytes, encode_bytes
+from lowvram_i2v.vae.config import VaeConfig
+from lowvram_i2v.vae.planning import decode_bytes, encode_bytes
+from lowvram_i2v.vae.planning import host_bytes as decode_host_bytes
+from lowvram_i2v.vae.policy import DecodeChunking, policy_of
+from lowvram_i2v.vae.route import Shape
 
 GIB, MIB = 2**30, 2**20
 ROWS = (4096, 2048, 1024, 512)
@@ -31,6 +35,8 @@ ROWS = (4096, 2048, 1024, 512)
 FEWEST_HEADS = 4
 LIBRARIES = 48 * MIB
 """Work space that the matrix libraries take from torch's allocator, once."""
+DECODE_AT_MOST = 16 * GIB
+"""More does not make the decoder faster."""
 PROCESS_RAM = 2 * GIB
 """The program itself: Python, torch, CUDA's libraries."""
 
@@ -71,7 +77,8 @@ class MemoryPlan:
     """What a run does with its memory.
 
     limit: what the allocator may reserve in bytes, None for no limit. resident: how many of the blocks stay on the
-    device. streamed: bytes that are copied to it in each pass. host: where these wait, "pinned" or "mapped".
+    device. streamed: bytes that are copied to it in each pass. host: where these wait, "pinned" or "mapped". decoding:
+    the memory that the decoder cuts its work for.
     """
 
     limit: int | None
@@ -83,6 +90,7 @@ class MemoryPlan:
     streamed: int
     host: str
     chunking: Chunking
+    decoding: DecodeChunking
 
     def vram(self, phase: str) -> int:
         """Predicted bytes of a phase."""
@@ -126,13 +134,14 @@ def limit_of(profile: VramProfile, machine: Machine) -> int | None:
 
 def _best(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> MemoryPlan | None:
     """The fastest plan below the limit: the largest chunks, then as many resident blocks as fit. None if none fits."""
-    others = _other_phases(sizes, video, profile)
+    others = _other_phases(sizes, video, profile, limit)
     if limit is not None and any(phase.vram > limit for phase in others.values()):
         return None
     for chunking in chunkings(sizes.transformer.heads):
         resident = _most_resident(sizes, video, profile, chunking, limit)
         if resident is not None:
-            return _plan(sizes, video, profile, chunking, resident, others)
+            plan = _plan(sizes, video, profile, chunking, resident, others)
+            return replace(plan, decoding=decoding_of(limit))
     return None
 
 
@@ -180,7 +189,13 @@ def _plan(
         streamed=sum(sizes.slabs[place] for place in places),
         host=host,
         chunking=chunking,
+        decoding=DecodeChunking(),
     )
+
+
+def decoding_of(limit: int | None) -> DecodeChunking:
+    """Memory for the decoder: what the allocator may reserve, less what libraries take."""
+    return DecodeChunking() if limit is None else DecodeChunking(device_bytes=min(limit - LIBRARIES, DECODE_AT_MOST))
 
 
 def _denoise_bytes(sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, resident: int) -> int:
@@ -214,14 +229,15 @@ def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
     return image, longest_prompt(sizes.text_encoder, sizes.variant.image_row_stride)
 
 
-def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile) -> dict[str, PhasePlan]:
-    """All phases but the loop: nothing in them depends on resident blocks or chunks of it."""
+def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> dict[str, PhasePlan]:
+    """All phases but the loop: nothing in them depends on resident blocks or chunks of it. A phase that can be cut to
+    fit and still does not is infinitely large."""
     frames = (video.frames - 1) // sizes.vae.time_ratio + 1
     ratio = sizes.vae.spatial_ratio
-    latent = (frames, video.height // ratio, video.width // ratio)
+    latent = Shape(frames, video.height // ratio, video.width // ratio)
     text = tokens(sizes, video)[1]
     text_vram, text_ram = text_bytes(sizes.text_encoder, sizes.text_file, ELEMENT)
-    decode_vram, decode_ram = decode_bytes(sizes.vae, latent, profile.decode)
+    decode_vram, decode_ram = _decode_bytes(sizes.vae, latent, profile.decode, decoding_of(limit))
     conditioning = conditioning_bytes(
         sizes.transformer, video.steps, text, video.cfg, max(sizes.modulation), ELEMENT, sizes.scheme
     )
@@ -230,11 +246,20 @@ def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile) -> dict
     phases = (
         PhasePlan("text", LIBRARIES + text_vram, PROCESS_RAM + text_ram),
         PhasePlan("pooled text", LIBRARIES + sizes.clip, PROCESS_RAM),
-        PhasePlan("image", LIBRARIES + encode_bytes(sizes.vae, video.width, video.height), PROCESS_RAM),
+        PhasePlan("image", LIBRARIES + encode_bytes(sizes.vae, video.width, video.height, ELEMENT), PROCESS_RAM),
         PhasePlan("conditioning", LIBRARIES + sizes.before + conditioning, PROCESS_RAM + hoisted + ring),
         PhasePlan("decode", LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
     )
     return {phase.name: phase for phase in phases}
+
+
+def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeChunking) -> tuple[int, int]:
+    """Video memory and RAM of decoding. Where no chunk is small enough: what there is and a little more."""
+    try:
+        arguments = vae, latent, policy_of(policy), chunking, ELEMENT
+        return decode_bytes(*arguments), decode_host_bytes(*arguments)
+    except ResourceError:
+        return chunking.device_bytes + LIBRARIES, 0
 
 
 def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
@@ -245,8 +270,11 @@ def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: Mem
         return plan
     if profile.host == "auto" and plan.host == "pinned":
         mapped = replace(profile, host="mapped")
-        others = _other_phases(sizes, video, mapped)
-        return _within_ram(sizes, video, mapped, _plan(sizes, video, mapped, plan.chunking, plan.resident, others), ram)
+        ram_of = host_bytes(sizes.slabs, streamed_places(plan.blocks, plan.resident, profile.slots), "mapped")
+        phases = tuple(
+            replace(phase, ram=PROCESS_RAM + ram_of) if phase.name == "denoise" else phase for phase in plan.phases
+        )
+        return _within_ram(sizes, video, mapped, replace(plan, phases=phases, host="mapped"), ram)
     worst = max(plan.phases, key=lambda phase: phase.ram)
     raise ResourceError(
         f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, and {ram / GIB:.2f} GiB are available",
@@ -257,7 +285,7 @@ def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: Mem
 def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> ResourceError:
     """What does not fit, what it needs at least, what there is, and the nearest video that fits."""
     assert limit is not None
-    phases = list(_other_phases(sizes, video, profile).values())
+    phases = list(_other_phases(sizes, video, profile, limit).values())
     smallest = chunkings(sizes.transformer.heads)[-1]
     phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, smallest, 0), 0))
     worst = max(phases, key=lambda phase: phase.vram)
@@ -277,7 +305,7 @@ def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, limit: int) -
     smallest = chunkings(sizes.transformer.heads)[-1]
     resident = max(profile.resident_blocks, 0)
     return _denoise_bytes(sizes, video, profile, smallest, resident) <= limit and all(
-        phase.vram <= limit for phase in _other_phases(sizes, video, profile).values()
+        phase.vram <= limit for phase in _other_phases(sizes, video, profile, limit).values()
     )
 
 

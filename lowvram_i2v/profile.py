@@ -14,7 +14,7 @@ from pathlib import Path
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.kernels.compute import COMPUTES
 
-DECODE_POLICIES = ("tiled", "plain")
+DECODE_POLICIES = ("reference", "seamless")
 HOSTS = ("auto", "pinned", "mapped")
 DEFAULT_PROFILE = "auto"
 FEWEST_SLOTS = 2
@@ -29,7 +29,7 @@ class VramProfile:
     reserve_gib: how much of it CUDA and the libraries take for themselves, outside torch's allocator.
     compute: how quantized layers multiply: "w8a16" exactly, after dequantizing, "w8a8" in 8 bits.
     attention: a name from the table of attention backends.
-    decode: "tiled" cuts the VAE's work into the reference's tiles, "plain" decodes the whole video at once.
+    decode: "reference" gives what the released code's tiles give, "seamless" decodes the video as one, without tiles.
     host: where streamed blocks wait: "pinned" in RAM, "mapped" in the file; "auto" is the first that fits.
     resident_blocks: how many of the transformer's blocks keep their weights on the device; -1 for as many as fit.
     slots: places on the device for the blocks that stream, 2 or more.

@@ -1,12 +1,13 @@
 """Attention backends: one protocol, one table, one file a backend.
 
 A backend attends over one packed sequence (image tokens, then valid text tokens): batch 1, no padding, so no mask.
-`get` imports a backend's file when it is asked for, never before.
+`get` imports a backend's file when it is asked for, never before. `choice.choose` says which one runs on a machine.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from lowvram_i2v.errors import PlatformError, RequestError
@@ -23,7 +24,13 @@ class AttentionBackend(Protocol):
 
 BACKENDS = {
     "sdpa": "lowvram_i2v.attention.sdpa",
+    "triton": "lowvram_i2v.attention.triton",
+    "triton-int8": "lowvram_i2v.attention.triton_int8",
+    "sage": "lowvram_i2v.attention.sage",
+    "flash": "lowvram_i2v.attention.flash",
 }
+PACKAGES = {"triton": "triton", "triton-int8": "triton", "sage": "sageattention", "flash": "flash_attn"}
+"""What a backend imports beside torch."""
 
 
 def get(name: str) -> AttentionBackend:
@@ -33,10 +40,10 @@ def get(name: str) -> AttentionBackend:
     """
     if name not in BACKENDS:
         raise RequestError(f"attention backend {name!r} is not known", f"Use one of: {', '.join(BACKENDS)}.")
-    try:
-        backend: AttentionBackend = import_module(BACKENDS[name]).attend
-    except ImportError as error:
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
         raise PlatformError(
-            f"attention backend {name!r} cannot be loaded: {error}", "Install it or use sdpa."
-        ) from error
+            f"attention backend {name!r} needs the package {PACKAGES[name]}, which is not installed",
+            "Install it or use sdpa.",
+        )
+    backend: AttentionBackend = import_module(BACKENDS[name]).attend
     return backend

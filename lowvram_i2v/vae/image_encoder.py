@@ -10,6 +10,8 @@ groups at a time. `encode_bytes` says how much that is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class ImageEncoder:
     @torch.inference_mode()
     def encode(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """picture [3, 1, H, W] in -1..1 -> mean, log variance: each [16, 1, H / 8, W / 8] float32."""
-        inner = self._encoder.encoder
+        inner: Any = self._encoder.encoder
         x = _convolved(picture[:, 0].to(inner.conv_in.conv.weight.dtype), inner.conv_in)
         for block in inner.down_blocks:
             for resnet in block.resnets:

@@ -73,7 +73,7 @@ def main() -> None:
         profile, video = wanted.split(":")
         width, height, frames = video.split("x")
         for scheme in options.scheme:
-            output = (options.keep or options.work) / f"{scheme}-{profile}-{video}.mp4"
+            output = (options.keep or options.work) / f"{scheme}-{Path(profile).stem}-{video}.mp4"
             run(
                 *("generate", "--model", str(options.work / scheme), "--image", str(photo), "--seed", "1"),
                 *("--prompt", "The ball rolls to the right.", "--profile", profile, "--size", f"{width}x{height}"),

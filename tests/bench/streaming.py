@@ -29,6 +29,7 @@ from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
 from lowvram_i2v.dit.config import TransformerConfig  # noqa: E402
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
 from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
+from lowvram_i2v.kernels.ops import PLAIN, choose  # noqa: E402
 from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.safetensors_file import open_safetensors  # noqa: E402
 from lowvram_i2v.streaming.block_stream import BlockStream  # noqa: E402
@@ -94,7 +95,8 @@ def measure(
         set_compute(transformer, options.compute)
         chunking = Chunking(options.rows, options.heads)
         text = len(inputs.steps[0].txt)
-        work = Workspace(model.header.transformer, len(inputs.rope[0]), text, chunking, device, torch.bfloat16)
+        ops = choose(device) if options.ops == "fused" else PLAIN
+        work = Workspace(model.header.transformer, len(inputs.rope[0]), text, chunking, device, torch.bfloat16, ops)
         seconds, result = time_steps(transformer, stream, inputs, work)
     median = statistics.median(seconds)
     same = "-" if first is None else "yes" if torch.equal(first, result) else "NO"
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=300)
     parser.add_argument("--resident", nargs="+", default=["-1", "0"], metavar="N[:mapped]", help="-1: all")
     parser.add_argument("--compute", default="w8a16")
+    parser.add_argument("--ops", default="plain", choices=("plain", "fused"), help="element-wise chains")
     parser.add_argument("--rows", type=int, default=4096, help="tokens of a chunk")
     parser.add_argument("--heads", type=int, default=24, help="of one attention call")
     parser.add_argument("--slots", type=int, default=2)
@@ -147,7 +150,9 @@ def main() -> None:
         dtype=torch.bfloat16,
         text_tokens=options.text_tokens,
     )
-    print(f"{model.header.scheme} {options.compute}, {options.size}x{options.frames}, {describe(device)}")
+    print(
+        f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.size}x{options.frames}, {describe(device)}"
+    )
     print("| resident blocks | median step | min .. max | weights | peak | reserved | load | same bits |")
     print("|---|---|---|---|---|---|---|---|")
     medians, result = [], None

@@ -48,3 +48,9 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
         return made[key]
 
     return model
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test encodes by itself."""
+    monkeypatch.setenv("LOWVRAM_I2V_CACHE", str(tmp_path_factory.mktemp("cache")))

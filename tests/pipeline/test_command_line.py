@@ -79,7 +79,7 @@ def test_a_video_of_exact_size_that_can_be_repeated(
 def test_the_closing_table_names_every_phase(generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("--output", str(tmp_path / "out.mp4")) == 0
     table = capsys.readouterr().err.splitlines()
-    for phase in ("text", "pooled text", "image", "denoise", "decode", "total"):
+    for phase in ("text", "pooled text", "image", "conditioning", "denoise", "decode", "total"):
         assert any(line.startswith(phase) and line.endswith(("s", "-")) for line in table), phase
 
 
@@ -167,7 +167,7 @@ def test_an_interrupted_run_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "decode_segments", interrupted)
+    monkeypatch.setattr(pipeline, "denoise", interrupted)
     before = sorted(tmp_path.iterdir())
     assert generate("--output", str(tmp_path / "out.mp4")) == 130
     assert sorted(tmp_path.iterdir()) == before

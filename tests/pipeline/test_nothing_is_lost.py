@@ -43,7 +43,7 @@ def test_a_killed_decode_is_finished_later_with_the_same_bytes(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_segments", killed)
+        patch.setattr(pipeline, "decode_frames", killed)
         assert cli.main([*flags, "--seed", "1"]) == 130
     assert f"lowvram-i2v decode {latents}" in capsys.readouterr().err
     assert not output.exists()

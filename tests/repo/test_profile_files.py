@@ -9,7 +9,17 @@ import pytest
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile, profile_names
 
-GOOD = 'description = "d"\nattention = "sdpa"\ndecode = "plain"\nresident_blocks = 0\nslots = 2\n'
+GOOD = """
+description = "d"
+vram_gib = 6.0
+reserve_gib = 0.75
+compute = "w8a16"
+attention = "sdpa"
+decode = "seamless"
+host = "auto"
+resident_blocks = 0
+slots = 2
+"""
 
 
 def test_all_profiles_load() -> None:
@@ -29,12 +39,17 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
     [
         (GOOD + 'atention = "x"\n', "unknown key 'atention'"),
         ('description = "d"\n', "missing key 'attention'"),
-        (GOOD.replace('"plain"', "3"), "decode is not a string"),
-        (GOOD.replace("plain", "shiny"), "shiny"),
+        (GOOD.replace('"seamless"', "3"), "decode is not a string"),
+        (GOOD.replace("seamless", "shiny"), "shiny"),
         (GOOD.replace("resident_blocks = 0", "resident_blocks = true"), "resident_blocks is not an integer"),
         (GOOD.replace("resident_blocks = 0", "resident_blocks = -2"), "resident_blocks is -2"),
         (GOOD.replace("slots = 2", "slots = 1"), "slots is 1"),
         (GOOD.replace("slots = 2", 'slots = "2"'), "slots is not an integer"),
+        (GOOD.replace("w8a16", "w4a4"), "compute is 'w4a4'"),
+        (GOOD.replace('"auto"', '"floppy"'), "host is 'floppy'"),
+        (GOOD.replace("6.0", "6"), "vram_gib is not a number with a decimal point"),
+        (GOOD.replace("6.0", "0.5"), "reserve_gib is 0.75"),
+        (GOOD.replace("6.0", "-1.0"), "vram_gib is -1"),
         ("= broken", "TOML"),
     ],
 )

@@ -1,5 +1,7 @@
 """Random weights give the same numbers in diffusers' class: plain and tiled, encode and decode."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
@@ -7,6 +9,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.encoder import VaeEncoder
+from lowvram_i2v.vae.engine import decode_frames
+from lowvram_i2v.vae.policy import POLICIES, DecodeChunking
 from lowvram_i2v.vae.tiles import Tiling, decode_tiled, encode_tiled
 
 CONFIG = VaeConfig(
@@ -89,3 +93,23 @@ def test_decode_tiled(models, frames, height, width):
     latent = torch.randn(16, frames, height, width)
     actual = decode_tiled(decoder, latent, Tiling.from_config(CONFIG))
     assert relative_l2(actual, theirs.decode(latent[None]).sample[0]) < 1e-5
+
+
+def test_streamed_decode_at_full_width():
+    """The released widths: 146 M random weights, a latent of 2x2x3; everything kept, and with little memory."""
+    config = VaeConfig()
+    torch.manual_seed(0)
+    theirs = AutoencoderKLHunyuanVideo(down_block_types=("HunyuanVideoDownBlock3D",) * 4).requires_grad_(False)
+    with torch.device("meta"):
+        decoder = VaeDecoder(config)
+    state = theirs.state_dict()
+    decoder.load_state_dict({name: state[name] for name in decoder.state_dict()}, assign=True)
+    decoder.requires_grad_(False)
+    theirs.use_framewise_decoding = False
+    latent = torch.randn(16, 2, 2, 3)
+    expected = theirs.decode(latent[None]).sample[0]
+    seamless = replace(POLICIES["seamless"], measures=None)
+    for mib in (1500, 740):
+        chunking = DecodeChunking(mib * 2**20, 2**24)
+        actual = torch.cat(list(decode_frames(decoder, latent, seamless, chunking)), 1)
+        assert relative_l2(actual, expected) < 1e-5

@@ -1,0 +1,316 @@
+# ruff: noqa: PLR0913
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Triton kernels that read and write rows once: norm + modulate, gated residual, GELU, and rows as 8-bit codes.
+
+One program handles one row and keeps it in registers, so each value crosses the memory bus once each way; rows may be
+any distance apart. A row of 3072 values is a tile of 2048 and one of 1024: tiles are powers of two, and one of 4096
+would leave a quarter of the threads idle.
+
+Invariants: float32 inside, one rounding at the end; a row's result does not depend on the other rows; row offsets are
+64-bit (119 200 rows of 21 504 values are more than 2^31), the row count is never part of what is compiled.
+
+Codes of a row: value / scale with scale = largest magnitude / 127 (int8, rounded half to even) or / 448 (e4m3). A row
+of zeros has the smallest normal scale. They are made from the float32 values, before any rounding to 16 bits.
+
+Left out: derivatives. The plain definitions are in `modulate.py` and `row_codes.py`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowvram_i2v.kernels.row_codes import Codes
+from lowvram_i2v.kernels.w8a8 import LARGEST
+
+EPS = tl.constexpr(1e-6)
+SMALLEST = tl.constexpr(2.0**-126)
+ROUNDER = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to the nearest integer, ties to even."""
+GELU_LINEAR = tl.constexpr(-2.302208198144325)
+"""-2 * sqrt(2 / pi) * log2(e): GELU's tanh form is x / (1 + 2^(GELU_LINEAR * (x + GELU_CUBIC * x^3)))."""
+GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x / (1.0 + tl.exp2((x * x * (GELU_CUBIC * GELU_LINEAR) + GELU_LINEAR) * x))
+
+
+@triton.jit
+def magnitude(values):
+    """Largest magnitude of a tile, as the bits of a float32: integers order them the same, and what is no number comes
+    out largest."""
+    return tl.max(tl.abs(values).to(tl.int32, bitcast=True), 0)
+
+
+@triton.jit
+def scale_of(bits, LARGEST: tl.constexpr):
+    """Scale of a row whose largest magnitude is known by its bits."""
+    scale = bits.to(tl.float32, bitcast=True) / LARGEST
+    return tl.where(scale < SMALLEST, SMALLEST, scale)
+
+
+@triton.jit
+def encode(values, inverse, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """values / scale as codes. LARGEST is 127 for integers, 448 for e4m3; no value is beyond it but by rounding."""
+    if LARGEST == 127:  # the sum's last bits are the integer
+        return (values * inverse + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        return (values * inverse).to(dtype)
+
+
+@triton.jit(do_not_specialize=["first_tokens"])
+def modulate_kernel(
+    x, shift, scale, out, out_scale, first_tokens, x_stride, vector_stride, out_stride,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * x_stride
+    out += row.to(tl.int64) * out_stride
+    vector = tl.where(row < first_tokens, 1, 0) * vector_stride
+    shift += vector
+    scale += vector
+    a = tl.arange(0, A)
+    xa = tl.load(x + a).to(tl.float32)
+    total = tl.sum(xa, 0)
+    if B:
+        b = A + tl.arange(0, B)
+        live = b < WIDTH
+        xb = tl.load(x + b, mask=live, other=0.0).to(tl.float32)
+        total += tl.sum(xb, 0)
+    mean = total / WIDTH
+    xa -= mean
+    squares = tl.sum(xa * xa, 0)
+    if B:
+        xb = tl.where(live, xb - mean, 0.0)
+        squares += tl.sum(xb * xb, 0)
+    inverse = tl.rsqrt(squares / WIDTH + EPS)
+    ya = xa * inverse * (1.0 + tl.load(scale + a).to(tl.float32)) + tl.load(shift + a).to(tl.float32)
+    if B:
+        yb = xb * inverse * (1.0 + tl.load(scale + b, mask=live, other=0.0).to(tl.float32))
+        yb += tl.load(shift + b, mask=live, other=0.0).to(tl.float32)
+    if LARGEST:
+        largest = magnitude(ya)
+        if B:
+            largest = tl.maximum(largest, magnitude(yb))
+        row_scale = scale_of(largest, LARGEST)
+        tl.store(out_scale + row, row_scale)
+        tl.store(out + a, encode(ya, 1.0 / row_scale, LARGEST, out.dtype.element_ty))
+        if B:
+            tl.store(out + b, encode(yb, 1.0 / row_scale, LARGEST, out.dtype.element_ty), mask=live)
+    else:
+        tl.store(out + a, ya.to(out.dtype.element_ty))
+        if B:
+            tl.store(out + b, yb.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["first_tokens"])
+def gated_residual_kernel(
+    x, y, gate, first_tokens, x_stride, y_stride, vector_stride,
+    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * x_stride
+    y += row.to(tl.int64) * y_stride
+    gate += tl.where(row < first_tokens, 1, 0) * vector_stride
+    a = tl.arange(0, A)
+    ya = tl.load(y + a).to(tl.float32)
+    xa = tl.load(x + a)
+    if B:
+        b = A + tl.arange(0, B)
+        live = b < WIDTH
+        yb = tl.load(y + b, mask=live, other=0.0).to(tl.float32)
+        xb = tl.load(x + b, mask=live, other=0.0)
+        sum_b = xb.to(tl.float32) + tl.load(gate + b, mask=live, other=0.0).to(tl.float32) * yb
+        tl.store(x + b, sum_b.to(xb.dtype), mask=live)
+    tl.store(x + a, (xa.to(tl.float32) + tl.load(gate + a).to(tl.float32) * ya).to(xa.dtype))
+
+
+@triton.jit
+def read_tile(pointer, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    """Columns START .. START + BLOCK of a row as float32, zeros beyond WIDTH, through GELU or not."""
+    columns = START + tl.arange(0, BLOCK)
+    if START + BLOCK <= WIDTH:
+        values = tl.load(pointer + columns).to(tl.float32)
+    else:
+        values = tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if GELU:
+        values = gelu_tanh(values)
+    return values
+
+
+@triton.jit
+def write_tile(pointer, values, inverse, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip # noqa: E501
+    columns = START + tl.arange(0, BLOCK)
+    if LARGEST:
+        stored = encode(values, inverse, LARGEST, pointer.dtype.element_ty)
+    else:
+        stored = values.to(pointer.dtype.element_ty)
+    if START + BLOCK <= WIDTH:
+        tl.store(pointer + columns, stored)
+    else:
+        tl.store(pointer + columns, stored, mask=columns < WIDTH)
+
+
+@triton.jit
+def rows_kernel(
+    first, second, out, out_scale, known, first_stride, second_stride, out_stride,
+    FIRST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    GELU: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr,
+):  # fmt: skip
+    """Row of `first` (tiles A, B), then row of `second` (tiles C, D) through GELU or not, as one row of `out`.
+
+    LARGEST 0: no codes. KNOWN: the rows' largest magnitudes are in `known`, as bits.
+    """
+    row = tl.program_id(0)
+    first += row.to(tl.int64) * first_stride
+    second += row.to(tl.int64) * second_stride
+    out += row.to(tl.int64) * out_stride
+    if A:
+        va = read_tile(first, 0, FIRST, A, False)
+    if B:
+        vb = read_tile(first, A, FIRST, B, False)
+    vc = read_tile(second, 0, SECOND, C, GELU)
+    if D:
+        vd = read_tile(second, C, SECOND, D, GELU)
+    inverse = 1.0
+    if LARGEST:
+        if KNOWN:
+            largest = tl.load(known + row)
+        else:
+            largest = magnitude(vc)
+            if D:
+                largest = tl.maximum(largest, magnitude(vd))
+            if A:
+                largest = tl.maximum(largest, magnitude(va))
+            if B:
+                largest = tl.maximum(largest, magnitude(vb))
+        row_scale = scale_of(largest, LARGEST)
+        inverse = 1.0 / row_scale
+        tl.store(out_scale + row, row_scale)
+    if A:
+        write_tile(out, va, inverse, 0, FIRST, A, LARGEST)
+    if B:
+        write_tile(out, vb, inverse, A, FIRST, B, LARGEST)
+    write_tile(out + FIRST, vc, inverse, 0, SECOND, C, LARGEST)
+    if D:
+        write_tile(out + FIRST, vd, inverse, C, SECOND, D, LARGEST)
+
+
+def tiles(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a row: the largest one in it, and the smallest one over the rest (0: no rest)."""
+    first = 1 << (width.bit_length() - 1) if width else 0
+    return first, triton.next_power_of_2(width - first) if width > first else 0
+
+
+def warps(width: int) -> int:
+    """At most 64 values of a row in each thread."""
+    return 1 if width <= 512 else 4 if width <= 4096 else 8
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, out: Tensor) -> None:
+    """As `modulate.layer_norm_modulate_into`."""
+    launch_modulate(x, shift, scale, first_tokens, out, None)
+
+
+def layer_norm_modulate_codes(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, dtype: torch.dtype) -> Codes:
+    """As `row_codes.layer_norm_modulate_codes`."""
+    made = Codes.empty(len(x), x.shape[1], dtype, x.device)
+    launch_modulate(x, shift, scale, first_tokens, made.codes, made.scale)
+    return made
+
+
+def launch_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, out: Tensor, out_scale: Tensor | None
+) -> None:
+    rows, width = x.shape
+    check_rows(x, shift, scale, out)
+    if shift.stride(0) != scale.stride(0):
+        shift, scale = shift.contiguous(), scale.contiguous()
+    a, b = tiles(width)
+    with on_device(x):
+        modulate_kernel[(rows,)](
+            x, shift, scale, out, out if out_scale is None else out_scale, first_tokens,
+            x.stride(0), shift.stride(0), out.stride(0),
+            WIDTH=width, A=a, B=b, LARGEST=0 if out_scale is None else int(LARGEST[out.dtype]), num_warps=warps(width),
+        )  # fmt: skip
+
+
+def gated_residual_(x: Tensor, y: Tensor, gate: Tensor, first_tokens: int = 0) -> None:
+    """As `modulate.gated_residual_`."""
+    rows, width = x.shape
+    check_rows(x, y, gate)
+    a, b = tiles(width)
+    with on_device(x):
+        gated_residual_kernel[(rows,)](
+            x, y, gate, first_tokens, x.stride(0), y.stride(0), gate.stride(0),
+            WIDTH=width, A=a, B=b, num_warps=warps(width),
+        )  # fmt: skip
+
+
+def gelu(x: Tensor, out: Tensor) -> None:
+    """As `row_codes.gelu`."""
+    launch_rows(None, x, out, None, gelu=True)
+
+
+def row_codes(x: Tensor, dtype: torch.dtype) -> Codes:
+    """As `row_codes.row_codes`."""
+    made = Codes.empty(len(x), x.shape[1], dtype, x.device)
+    launch_rows(None, x, made.codes, made.scale)
+    return made
+
+
+def gelu_codes(hidden: Tensor, dtype: torch.dtype, beside: Tensor | None = None) -> Codes:
+    """As `row_codes.gelu_codes`."""
+    rows, width = hidden.shape
+    made = Codes.empty(rows, width + (0 if beside is None else beside.shape[1]), dtype, hidden.device)
+    launch_rows(beside, hidden, made.codes, made.scale, gelu=True)
+    return made
+
+
+def codes_of_known(x: Tensor, known: Tensor, dtype: torch.dtype) -> Codes:
+    """Codes of rows whose largest magnitudes are known: [rows] int32, the bits of float32 numbers."""
+    made = Codes.empty(len(x), x.shape[1], dtype, x.device)
+    launch_rows(None, x, made.codes, made.scale, known=known)
+    return made
+
+
+def launch_rows(
+    first: Tensor | None,
+    second: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    gelu: bool = False,
+    known: Tensor | None = None,
+) -> None:
+    rows, width = second.shape
+    before = 0 if first is None else first.shape[1]
+    assert out.shape == (rows, before + width)
+    first = second if first is None else first
+    check_rows(first, second, out)
+    (a, b), (c, d) = tiles(before), tiles(width)
+    with on_device(second):
+        rows_kernel[(rows,)](
+            first, second, out, out if scale is None else scale, out if known is None else known,
+            first.stride(0), second.stride(0), out.stride(0),
+            FIRST=before, A=a, B=b, SECOND=width, C=c, D=d, GELU=gelu,
+            LARGEST=0 if scale is None else int(LARGEST[out.dtype]), KNOWN=known is not None, num_warps=warps(width),
+        )  # fmt: skip
+
+
+def check_rows(*tensors: Tensor) -> None:
+    """The kernels step through a row one value at a time; a grid has at least one row."""
+    for tensor in tensors:
+        assert tensor.dim() == 2
+        assert len(tensor) > 0
+        assert tensor.stride(1) == 1
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,213 @@
+"""Decoding in one process, random weights of full width: `python tests/bench/decode.py [--sizes 1280x720 ...]`.
+
+For each size and policy a Markdown row: seconds, peaks of device memory (allocated, reserved, predicted) and of host
+memory, and the floor: the convolutions at the rate measured here, plus the attention. With --diffusers its two tilings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from lowvram_i2v.device import describe, pick_device  # noqa: E402
+from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
+from lowvram_i2v.vae.convolution import conv3d, trusted_convolution  # noqa: E402
+from lowvram_i2v.vae.decoder import VaeDecoder  # noqa: E402
+from lowvram_i2v.vae.encoder import VaeEncoder  # noqa: E402
+from lowvram_i2v.vae.engine import decode_frames  # noqa: E402
+from lowvram_i2v.vae.image_encoder import ImageEncoder  # noqa: E402
+from lowvram_i2v.vae.planning import decode_bytes, encode_bytes, host_bytes  # noqa: E402
+from lowvram_i2v.vae.policy import POLICIES, DecodeChunking  # noqa: E402
+from lowvram_i2v.vae.route import Shape, Stage, stages  # noqa: E402
+
+GIB = 2**30
+ATTENTION_RATE = 84e12  # of one head of dimension 512 in SDPA on an H100
+
+
+def rss() -> int:
+    """Resident bytes of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class PeakRss:
+    """The most resident memory while a `with` lasts, looked at 20 times a second."""
+
+    def __enter__(self) -> PeakRss:
+        self.peak, self._ended = rss(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            self.peak = max(self.peak, rss())
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def random_module(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """float16 weights that keep values near one."""
+    module = module.to_empty(device=device).to(torch.float16).requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.02)
+    return module
+
+
+def flops(stage: Stage, before: Shape) -> float:
+    """Of one stage on the whole clip, upsamplings as phases."""
+    after = stage.shape(before)
+    if stage.kind == "attend":
+        frame = before.height * before.width
+        return 4 * stage.inputs * frame * frame * before.frames * (before.frames + 1) / 2
+    taps = 27 if stage.kind != "up" else (8 if stage.time > 1 else 12)
+    work = 2.0 * taps * stage.inputs * stage.outputs * after.positions
+    return work + (2.0 * stage.inputs * stage.outputs * after.positions if stage.narrows else 0)
+
+
+def floor_seconds(config: VaeConfig, latent: Shape, rate: float) -> float:
+    """Each convolution of the untiled decoder once, and the attention."""
+    total, shape = 0.0, latent
+    for stage in stages(config):
+        total += flops(stage, shape) / (ATTENTION_RATE if stage.kind == "attend" else rate)
+        shape = stage.shape(shape)
+    return total
+
+
+def convolution_rate(device: torch.device) -> float:
+    """Operations a second of a 128-channel convolution of 10 frames of 272x272."""
+    x = torch.randn(10, 272, 272, 128, device=device, dtype=torch.float16)
+    weight = torch.randn(128, 128, 3, 3, 3, device=device, dtype=torch.float16)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    for _ in range(3):
+        out = conv3d(x, weight)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        out = conv3d(x, weight)
+    torch.cuda.synchronize()
+    return 10 * 2 * 27 * 128 * 128 * out[..., 0].numel() / (time.perf_counter() - start)
+
+
+def measured(run: Callable[[], None]) -> str:
+    """Seconds | allocated | reserved | host, of the second of two runs, weights included."""
+    for _ in range(2):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = rss()
+        with PeakRss() as host:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+    allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    return (
+        f"{seconds:.2f} | {allocated:.2f} | {reserved:.2f} | {host.peak / GIB:.2f} (+{(host.peak - before) / GIB:.2f})"
+    )
+
+
+def bench_engine(options: argparse.Namespace, device: torch.device) -> None:
+    config, chunking = VaeConfig(), DecodeChunking(int(options.device_gib * GIB), int(options.host_gib * GIB))
+    rate = convolution_rate(device)
+    chosen = trusted_convolution(device, torch.float16).__name__
+    print(f"conv3d 128->128: {rate / 1e12:.0f} TFLOP/s; used: {chosen}\n")
+    print("| size | decoder | s | allocated | reserved | host RSS, GiB | predicted device / host | floor s |")
+    print("|---|---|---|---|---|---|---|---|")
+    with torch.device("meta"):
+        decoder = VaeDecoder(config)
+    random_module(decoder, device)
+    for size in options.sizes:
+        width, height = map(int, size.split("x"))
+        latent = torch.randn(16, (options.frames - 1) // 4 + 1, height // 8, width // 8, device=device)
+        shape = Shape(*latent.shape[1:])
+        for name in options.policies:
+            policy = POLICIES[name]
+            need, held = (count(config, shape, policy, chunking, 2) / GIB for count in (decode_bytes, host_bytes))
+
+            def decode() -> None:
+                for _ in decode_frames(decoder, latent, policy, chunking):  # noqa: B023
+                    pass
+
+            floor = floor_seconds(config, shape, rate)
+            row = measured(decode)
+            print(f"| {size}x{options.frames} | {name} | {row} | {need:.2f} / {held:.2f} | {floor:.2f} |", flush=True)
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            decode()
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+
+
+def bench_encoder(size: str, device: torch.device) -> None:
+    width, height = map(int, size.split("x"))
+    with torch.device("meta"):
+        encoder = VaeEncoder(VaeConfig())
+    folded = ImageEncoder(random_module(encoder, device))
+    picture = torch.rand(3, 1, height, width, device=device)
+    need = encode_bytes(VaeConfig(), width, height, 2) / GIB
+    print(f"| {size} | encode a picture | {measured(lambda: folded.encode(picture))} | {need:.2f} | |", flush=True)
+
+
+def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
+    try:
+        from diffusers import AutoencoderKLHunyuanVideo
+    except ImportError:
+        print("diffusers is not installed")
+        return
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo()
+    del vae.encoder
+    vae = random_module(vae, device)
+    width, height = map(int, options.sizes[0].split("x"))
+    latent = torch.randn(1, 16, (options.frames - 1) // 4 + 1, height // 8, width // 8, device=device).half()
+    vae.enable_tiling()
+    for name, frames, stride in (("diffusers 16/12", 16, 12), ("diffusers 64/48", 64, 48)):
+        vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = frames, stride
+        with torch.inference_mode():
+            row = measured(lambda: vae.decode(latent, return_dict=False)[0] is None)
+        print(f"| {options.sizes[0]}x{options.frames} | {name} | {row} | | |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["1280x720", "960x544", "512x512"])
+    parser.add_argument("--policies", nargs="+", default=["seamless", "reference"])
+    parser.add_argument("--frames", type=int, default=129)
+    parser.add_argument("--device-gib", type=float, default=DecodeChunking().device_bytes / GIB)
+    parser.add_argument("--host-gib", type=float, default=DecodeChunking().host_bytes / GIB)
+    parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the kernels of the last size and policy")
+    options = parser.parse_args()
+    device = pick_device("cuda")
+    print(describe(device))
+    bench_engine(options, device)
+    bench_encoder(options.sizes[0], device)
+    if options.diffusers:
+        gc.collect()
+        torch.cuda.empty_cache()
+        bench_diffusers(options, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which attention backend is chosen, and what is said about it. No kernel is compiled here without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram_i2v import attention
+from lowvram_i2v.attention import choice
+from lowvram_i2v.errors import PlatformError, RequestError
+from lowvram_i2v.kernels import attention_reference as reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-int8", "sage", "flash"])
+def test_without_a_gpu_sdpa_runs_and_says_why(name: str) -> None:
+    chosen = choice.choose(name, CPU, 128)
+    assert chosen.name == "sdpa"
+    assert name in chosen.why
+    assert "CUDA" in chosen.why
+
+
+def test_auto_is_exact_unless_eight_bits_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "obstacle", lambda *_: None)
+    assert choice.choose("auto", CUDA, 128).name == "sdpa"
+    assert choice.choose("auto", CUDA, 128, eight_bit=True).name == "triton-int8"
+    assert choice.choose("triton", CUDA, 128).name == "triton"
+    with pytest.raises(RequestError, match="magic"):
+        choice.choose("magic", CUDA, 128)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(0.5, "off by 50.0%"), (float("nan"), "off by nan%"), (RuntimeError("no image"), "no image")]
+)
+def test_a_backend_that_fails_its_self_test_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, error: float | Exception, said: str
+) -> None:
+    def self_test(*_: object) -> float:
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    monkeypatch.setattr(choice, "self_test", self_test)
+    monkeypatch.setattr(choice, "find_spec", lambda _: object())
+    chosen = choice.choose("triton-int8", CUDA, 128)
+    assert chosen.name == "sdpa"
+    assert said in chosen.why
+
+
+def test_other_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "sageattention" else object())
+    assert "sageattention" in choice.choose("sage", CUDA, 128).why
+    assert "48 channels" in choice.choose("triton", CUDA, 48).why
+
+
+def test_a_missing_package_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda _: None)
+    with pytest.raises(PlatformError, match="flash_attn"):
+        attention.get("flash")
+
+
+def test_the_self_test_passes_for_sdpa() -> None:
+    assert choice.self_test("sdpa", CPU, 32) < 1e-5
+
+
+def test_the_definition_is_torchs() -> None:
+    q, k, v = torch.randn(3, 50, 2, 16).unbind()
+    exact = attention.get("sdpa")(q, k, v)
+    assert reference.relative_l2(reference.attention(q, k, v), exact) < 1e-6
+    assert torch.equal(reference.attention(q, k, v, rows=slice(3, 9)), reference.attention(q, k, v)[3:9])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "triton-int8"])
+def test_backends_on_this_card(name: str) -> None:
+    """Self-test, odd lengths, views of a workspace, and the result written over q."""
+    assert choice.obstacle(name, CUDA, 128) is None
+    attend = attention.get(name)
+    for tokens in (1, 63, 64, 65, 1111):
+        q, k, v = torch.randn(3, tokens, 6, 128, device=CUDA, dtype=torch.bfloat16)[:, :, 2:5].unbind()
+        exact = reference.attention(q, k, v)
+        assert reference.relative_l2(attend(q, k, v), exact) < choice.LIMITS[name]
+        assert attend(q, k, v, out=q) is q  # type: ignore[call-arg]
+        assert reference.relative_l2(q, exact) < choice.LIMITS[name]

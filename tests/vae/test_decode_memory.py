@@ -1,0 +1,75 @@
+"""What the planner says a decode takes, against what it allocates."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lowvram_i2v.errors import ResourceError
+from lowvram_i2v.vae import engine as engine_module
+from lowvram_i2v.vae.config import VaeConfig
+from lowvram_i2v.vae.decoder import VaeDecoder
+from lowvram_i2v.vae.engine import Engine
+from lowvram_i2v.vae.planning import decode_bytes, host_bytes, plan_route, walk, weight_bytes
+from lowvram_i2v.vae.policy import POLICIES, DecodeChunking
+from lowvram_i2v.vae.route import Shape
+
+CONFIG = VaeConfig(latent_channels=8, block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=4)
+GIB = 2**30
+
+
+def peak_of(run):
+    """The most bytes allocated at a time while `run` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def only_the_result(x, weight):
+    """A convolution's allocation: libraries for the CPU make copies of their own beside it."""
+    frames, rows, columns = (x.shape[axis] - weight.shape[axis + 2] + 1 for axis in range(3))
+    return x.new_zeros(frames, rows, columns, len(weight))
+
+
+@pytest.mark.parametrize("mib", [6, 9, 12])
+@pytest.mark.parametrize("shape", [(5, 8, 8), (3, 4, 12), (1, 16, 16)])
+def test_predicted_against_allocated(shape, mib, monkeypatch):
+    """In float32 on the CPU, all kept on the "device"."""
+    monkeypatch.setattr(engine_module, "trusted_convolution", lambda *_: only_the_result)
+    decoder = VaeDecoder(CONFIG).requires_grad_(False)
+    chunking = DecodeChunking(mib * 2**20, 0)
+    policy = POLICIES["reference"]
+    try:
+        steps = list(walk(CONFIG, Shape(*shape), policy, chunking, 4))
+    except ResourceError:
+        pytest.skip("too little memory")
+    predicted = max(step.device_bytes for step in steps) - weight_bytes(CONFIG, 4)
+    engine, latent = Engine(decoder), torch.randn(8, *shape)
+    measured = peak_of(lambda: engine.run(latent, [step.segment for step in steps]))
+    assert 0.9 * measured < predicted < 1.1 * measured  # of a few MB: moments and single frames count here
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("gib", [1.75, 2.75, 5, 11])
+@pytest.mark.parametrize("size", [(33, 90, 160), (33, 68, 120), (33, 64, 64), (17, 45, 80), (1, 90, 160)])
+def test_the_budget_holds(policy, gib, size):
+    chunking, shape = DecodeChunking(int(gib * GIB)), Shape(*size)
+    tile_borders = GIB // 4
+    assert decode_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.device_bytes + tile_borders
+    assert host_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.host_bytes
+
+
+def test_too_little_memory_is_said_with_numbers():
+    with pytest.raises(ResourceError, match=r"does not fit in 0\.25 GiB of video memory"):
+        plan_route(VaeConfig(), Shape(33, 90, 160), POLICIES["seamless"], DecodeChunking(GIB // 4), 2)
+
+
+def test_weights_are_counted():
+    decoder = VaeDecoder(CONFIG)
+    Engine(decoder)
+    held = sum(parameter.numel() for parameter in decoder.parameters()) * 4
+    assert 0 < weight_bytes(CONFIG, 4) - held < 0.5 * held
