@@ -1,10 +1,10 @@
-# The only entry: demo, test, check, test-gpu, bench, fix. PYTHON and TORCH choose other versions.
+# The only entry: demo, test, check, test-gpu, bench, bench-aot, fix. PYTHON and TORCH choose other versions.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test check test-gpu bench fix clean
+.PHONY: demo test check test-gpu bench bench-aot fix clean
 
 demo: $(VENV)/.core
 	$(BIN)/lowvram-i2v demo --folder demo_out
@@ -29,6 +29,10 @@ bench:
 	$(PYTHON) tests/bench/convert_full_size.py --work $(WORK)
 	$(PYTHON) tests/bench/full_size.py --work $(WORK) --output $(WORK)/full.mp4
 	$(PYTHON) tests/bench/streaming.py --model $(WORK)/model
+
+# What each Triton kernel asks of each card (shared memory, registers, spills, instructions), compiled without a GPU.
+bench-aot: $(VENV)/.dev
+	$(BIN)/python tests/aot/table.py
 
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .

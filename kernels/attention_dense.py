@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0913
 """Dense attention in 16 bits, as a Triton kernel: one packed sequence, no mask, any number of tokens.
 
 A program owns `rows` queries of one head and walks over all keys, a tile at a time, with the running maximum and sum of

@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0913
 """Attention with 8-bit products: scores of int8 codes, then P V in e4m3 or fp16, as a Triton kernel.
 
 Keys and values come quantized (`attention_quantize`); a program quantizes its own queries, one scale a row, so they

@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0913
 """Keys and values in 8 bits for `attention_int8`: two passes over K and V, as Triton kernels.
 
     pass 1  per head and channel, over the tokens: the mean of K, and of V the mean and the largest distance from it

@@ -1,5 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: PLR0913
 """Block-sparse attention on the loop of `attention_int8`: blocks of keys that matter exactly, the others as one key.
 
 Each block of queries has a list of key blocks, those whose mean key scores highest with its mean query, and `always`

@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0913
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton matrix product of 8-bit activations with 8-bit weights (W8A8), and what follows it, in one kernel.
 

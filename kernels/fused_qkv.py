@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0913
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernel between a QKV projection and attention: one pass over its output.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0913
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernels that read and write rows once: norm + modulate, gated residual, GELU, and rows as 8-bit codes.
 

@@ -1,4 +1,3 @@
-# ruff: noqa: PLR0913
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """`group_norm` as Triton kernels: each value is read once and written once.
 

@@ -23,6 +23,8 @@ class Console:
         self.finished: list[PhaseFinished] = []
         self.planned = Planned("", {}, None)
         self._phase = PhaseStarted("")
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
         self._started = self._printed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -34,13 +36,14 @@ class Console:
                 self._line(event.text)
             case PhaseStarted():
                 self._phase = event
+                self._first, self._last = None, (0, 0.0)
                 self._started = self._printed = time.monotonic()
                 self._show(f"{event.phase} ...")
             case PhaseAdvanced():
                 self._progress(event)
             case PhaseFinished():
                 self.finished.append(event)
-                self._line(f"{event.phase}: {seconds(event.seconds)}")
+                self._line(f"{event.phase}: {seconds(event.seconds)}{self._pace()}")
 
     def table(self) -> str:
         """Time, planned and measured peak of video memory of every finished phase."""
@@ -66,6 +69,8 @@ class Console:
 
     def _progress(self, event: PhaseAdvanced) -> None:
         phase, elapsed = self._phase, time.monotonic() - self._started
+        self._first = self._first or (event.done, elapsed)
+        self._last = (event.done, elapsed)
         if not phase.total or not event.done:
             return
         to_go = seconds(elapsed / event.done * (phase.total - event.done))
@@ -74,6 +79,12 @@ class Console:
         else:
             done = f"{event.done}/{phase.total} {phase.unit}, {seconds(elapsed)}"
         self._show(f"{phase.phase}: {done}, {to_go} to go")
+
+    def _pace(self) -> str:
+        """Of steps, the first one left out, in which weights are read and kernels are compiled."""
+        if self._phase.unit != "steps" or not self._first or self._last[0] == self._first[0]:
+            return ""
+        return f", {seconds((self._last[1] - self._first[1]) / (self._last[0] - self._first[0]))} a step"
 
     def _show(self, text: str) -> None:
         if self.live:

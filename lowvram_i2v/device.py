@@ -120,6 +120,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def _first_sentence(error: Exception) -> str:
+    """Of torch's message: how much it tried to allocate."""
+    said = str(error).removeprefix("CUDA out of memory. ")
+    return said.partition(". ")[0]
+
+
 @contextmanager
 def phase(name: str, device: torch.device, listen: Listener, total: int = 0, unit: str = "") -> Iterator[None]:
     """Announce a phase, time it (synchronized) and report its own peak of video memory.
@@ -139,7 +145,7 @@ def phase(name: str, device: torch.device, listen: Listener, total: int = 0, uni
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{name}: out of video memory on {describe(device)} "
-            f"({torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB were reserved)",
+            f"({torch.cuda.max_memory_reserved(device) / 2**30:.2f} GiB were reserved; {_first_sentence(error)})",
             "Ask for a smaller --resolution or --size, fewer --frames, or a smaller profile; please report this plan.",
         ) from error
     if on_gpu:

@@ -35,9 +35,13 @@ ROWS = (4096, 2048, 1024, 512)
 FEWEST_HEADS = 4
 LIBRARIES = 48 * MIB
 """Work space that the matrix libraries take from torch's allocator, once."""
+MARGIN = 96 * MIB
+"""Left free beside resident blocks: small tensors, and pages that the allocator holds between tensors."""
+FRAGMENTS = 1.12
+"""Reserved to allocated bytes where tensors of many sizes come and go, in the VAE. Measured: 1.10 to 1.14."""
 DECODE_AT_MOST = 16 * GIB
 """More does not make the decoder faster."""
-PROCESS_RAM = 2 * GIB
+PROCESS_RAM = 7 * GIB // 5
 """The program itself: Python, torch, CUDA's libraries."""
 
 
@@ -158,7 +162,7 @@ def _most_resident(
     blocks = len(sizes.slabs)
     wanted = blocks if profile.resident_blocks < 0 else min(profile.resident_blocks, blocks)
     for resident in range(wanted, -1, -1):
-        if limit is None or _denoise_bytes(sizes, video, profile, chunking, resident) <= limit:
+        if limit is None or _denoise_bytes(sizes, video, profile, chunking, resident) + MARGIN <= limit:
             return resident
     return None
 
@@ -195,7 +199,9 @@ def _plan(
 
 def decoding_of(limit: int | None) -> DecodeChunking:
     """Memory for the decoder: what the allocator may reserve, less what libraries take."""
-    return DecodeChunking() if limit is None else DecodeChunking(device_bytes=min(limit - LIBRARIES, DECODE_AT_MOST))
+    if limit is None:
+        return DecodeChunking()
+    return DecodeChunking(device_bytes=min(int((limit - LIBRARIES) / FRAGMENTS), DECODE_AT_MOST))
 
 
 def _denoise_bytes(sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, resident: int) -> int:
@@ -246,20 +252,26 @@ def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: 
     phases = (
         PhasePlan("text", LIBRARIES + text_vram, PROCESS_RAM + text_ram),
         PhasePlan("pooled text", LIBRARIES + sizes.clip, PROCESS_RAM),
-        PhasePlan("image", LIBRARIES + encode_bytes(sizes.vae, video.width, video.height, ELEMENT), PROCESS_RAM),
+        PhasePlan("image", LIBRARIES + _encode_bytes(sizes.vae, video), PROCESS_RAM),
         PhasePlan("conditioning", LIBRARIES + sizes.before + conditioning, PROCESS_RAM + hoisted + ring),
         PhasePlan("decode", LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
     )
     return {phase.name: phase for phase in phases}
 
 
+def _encode_bytes(vae: VaeConfig, video: Video) -> int:
+    """With the copies of input and output, channels last, that cuDNN makes for the widest convolutions."""
+    copies = 2 * vae.block_out_channels[0] * video.width * video.height * ELEMENT
+    return int(FRAGMENTS * (encode_bytes(vae, video.width, video.height, ELEMENT) + copies))
+
+
 def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeChunking) -> tuple[int, int]:
     """Video memory and RAM of decoding. Where no chunk is small enough: what there is and a little more."""
     try:
         arguments = vae, latent, policy_of(policy), chunking, ELEMENT
-        return decode_bytes(*arguments), decode_host_bytes(*arguments)
+        return int(FRAGMENTS * decode_bytes(*arguments)), decode_host_bytes(*arguments)
     except ResourceError:
-        return chunking.device_bytes + LIBRARIES, 0
+        return int(FRAGMENTS * chunking.device_bytes) + LIBRARIES, 0
 
 
 def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
@@ -304,7 +316,7 @@ def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, limit: int) -
     """Whether some plan for this video stays below the limit."""
     smallest = chunkings(sizes.transformer.heads)[-1]
     resident = max(profile.resident_blocks, 0)
-    return _denoise_bytes(sizes, video, profile, smallest, resident) <= limit and all(
+    return _denoise_bytes(sizes, video, profile, smallest, resident) + MARGIN <= limit and all(
         phase.vram <= limit for phase in _other_phases(sizes, video, profile, limit).values()
     )
 

@@ -1,4 +1,5 @@
-"""Shared by all tests: few threads of torch, reproducible property tests, GPU tests skipped without a GPU."""
+"""Shared by all tests: few threads of torch, Triton's interpreter where there is no GPU, reproducible property tests,
+a cache of their own, GPU tests skipped without a GPU."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel's file is imported: `triton.jit` looks at it there
 settings.register_profile("repo", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repo")
 

@@ -51,7 +51,6 @@ class GuidedVelocity:
         return self.transformer.predict(model_input, step, self.rope, self.blocks, self.work)
 
 
-@torch.inference_mode()
 def denoise(
     velocity: Velocity,
     conditioning: Conditioning,
@@ -64,9 +63,11 @@ def denoise(
     latents [16, T, H, W] float32; sigmas [steps + 1] on the CPU. `on_step(number, latents)` is called after each step,
     numbers from 1. Returns the final latents.
     """
-    latents = conditioning.enter(latents)
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
-        v = velocity(conditioning.model_input(latents), step)
-        latents = conditioning.enter(latents + v * (next_sigma - sigma))
-        on_step(step + 1, latents)
+    with torch.inference_mode():
+        latents = conditioning.enter(latents)
+        for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+            v = velocity(conditioning.model_input(latents), step)
+            latents = conditioning.enter(latents + v * (next_sigma - sigma))
+            del v  # the next step needs the room
+            on_step(step + 1, latents)
     return latents

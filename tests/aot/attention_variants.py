@@ -73,7 +73,11 @@ def quantizers(card: str, tile: Tile) -> list[Variant]:
     floats = dict.fromkeys((*sums, "centre", "inverse", "scales"), "*fp32")
     made = []
     for name, codes, constants in (
-        ("statistics_kernel", code, {"STRIP": attention_quantize.STRIP, "DIM": DIM, "SAMPLED": attention_quantize.SAMPLED}),
+        (
+            "statistics_kernel",
+            code,
+            {"STRIP": attention_quantize.STRIP, "DIM": DIM, "SAMPLED": attention_quantize.SAMPLED},
+        ),
         ("keys_kernel", "*i8", {"KEYS": tile.keys, "DIM": DIM}),
         ("values_kernel", code, {"BLOCK": 64, "DIM": DIM, "EIGHT": tile.pv.startswith("fp8")}),
     ):

@@ -150,9 +150,8 @@ def main() -> None:
         dtype=torch.bfloat16,
         text_tokens=options.text_tokens,
     )
-    print(
-        f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.size}x{options.frames}, {describe(device)}"
-    )
+    what = f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.size}x{options.frames}"
+    print(f"{what}, {describe(device)}")
     print("| resident blocks | median step | min .. max | weights | peak | reserved | load | same bits |")
     print("|---|---|---|---|---|---|---|---|")
     medians, result = [], None
