@@ -7,7 +7,7 @@ first frame that ends inside the rows, a rotary table that ends before them, a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -207,11 +207,18 @@ def bound(case: Case, dtype: torch.dtype, device: torch.device) -> float:
     return ROUNDING[dtype]
 
 
-def faults(ops: Ops, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Op -> what is wrong with it on this device; for `ops.choose(device, refused=faults)`. Waits for the device."""
+def faults(
+    ops: Ops, sizes: Sizes, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
+) -> dict[str, str]:
+    """Op -> what is wrong with it on this device; for `ops.choose(device, refused=faults)`. Waits for the device.
+
+    only: names of the ops that are looked at; None for all.
+    """
     found = {}
     for name, case in CASES.items():
         if case.codes == torch.float8_e4m3fn and not multiplies_fp8(device):
+            continue
+        if only is not None and case.op not in only:
             continue
         try:
             distance = error(case, ops, sizes, device, dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowvram_i2v.device import compute_dtype, describe, limited, phase
+from lowvram_i2v.dit import chunked
 from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning, is_embedder, is_modulation
 from lowvram_i2v.dit.rope import rope_table, token_grid
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
@@ -25,7 +26,8 @@ from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced
 from lowvram_i2v.image import pixels
 from lowvram_i2v.job import DEFAULTS, Job, RunOptions, VideoJob, prepare, prepare_decode
-from lowvram_i2v.kernels.ops import choose
+from lowvram_i2v.kernels.op_cases import Sizes, faults
+from lowvram_i2v.kernels.ops import PLAIN, Ops, choose
 from lowvram_i2v.kernels.quant_linear import set_compute
 from lowvram_i2v.latents_file import LatentsFile, latents_path, save_latents
 from lowvram_i2v.preview import PreviewWriter, preview_path
@@ -51,6 +53,9 @@ from lowvram_i2v.video import to_uint8, write_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SELF_TEST_ROWS = 70
+"""Tokens on which fused kernels are tried: more than one program's, and not a multiple of anything."""
 
 
 def generate(
@@ -241,7 +246,7 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
         ) as blocks,
     ):
         set_compute(transformer, job.profile.compute)
-        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype, choose(device))
+        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype, _trusted_ops(job, dtype))
         velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks, work)
         sigmas = flow_sigmas(request.steps, job.flow_shift)
         return denoise(
@@ -251,6 +256,18 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
             sigmas,
             _watch(job, sigmas),
         ).cpu()
+
+
+def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
+    """The element-wise ops of this device: fused kernels where they pass their self-test on it, else torch's own."""
+    config, ops = job.model.header.transformer, choose(job.device)
+    if ops is PLAIN:
+        return ops
+    sizes = Sizes(SELF_TEST_ROWS, SELF_TEST_ROWS // 3, config.heads, config.head_dim, config.mlp_hidden)
+    refused = faults(ops, sizes, job.device, dtype, chunked.OPS)
+    for name, why in refused.items():
+        job.listen(Notice(f"The fused kernel {name} fails its self-test on this card; torch's own is used ({why})."))
+    return choose(job.device, refused)
 
 
 def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:

@@ -31,6 +31,9 @@ from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.kernels.ops import Ops
 from lowvram_i2v.kernels.quant_linear import opened
 
+OPS = ("layer_norm_modulate", "gated_residual_", "qkv_norm_rope", "gelu")
+"""The ops of the table that are used here: what has to be trusted on a card."""
+
 
 @dataclass(frozen=True)
 class Chunk:

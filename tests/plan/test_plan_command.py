@@ -46,7 +46,7 @@ def test_what_fits_at_most(capsys: pytest.CaptureFixture[str]) -> None:
         (("--profile", "auto"), "no card is known here"),
         (("--profile", "6gb", "--frames", "128"), "4n+1"),
         (("--profile", "6gb", "--size", "1000x700"), "nearest"),
-        (("--profile", "6gb", "--size", "4096x4096"), "What fits: --size 1216x1216"),
+        (("--profile", "6gb", "--size", "4096x4096"), "What fits: --size"),
         (("--vram", "0.5"), "GiB of video memory"),
         (("--vram", "-1"), "--vram"),
         (("--profile", "6gb", "--ram", "0.5"), "GiB of RAM"),
