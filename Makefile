@@ -26,9 +26,17 @@ test-gpu:
 # Full-size measurements on a CUDA device, in WORK (64 GB of disk); the rows printed belong in docs/measurements.md.
 WORK ?= build/bench
 bench:
-	$(PYTHON) tests/bench/convert_full_size.py --work $(WORK)
-	$(PYTHON) tests/bench/full_size.py --work $(WORK) --output $(WORK)/full.mp4
-	$(PYTHON) tests/bench/streaming.py --model $(WORK)/model
+	$(PYTHON) tests/bench/convert_full_size.py --work $(WORK)/convert
+	$(PYTHON) tests/bench/full_size.py --work $(WORK) --scheme int8 fp8 --flags=--no-cache \
+	  --run 6gb:512x512x129 6gb:960x544x129 6gb:1280x720x129 8gb:1280x720x129 12gb:1280x720x129 24gb:1280x720x129
+	$(PYTHON) tests/bench/plans.py --model $(WORK)/int8
+	$(PYTHON) tests/bench/streaming.py --model $(WORK)/int8 --resident -1 0 0:mapped
+	$(PYTHON) tests/bench/streaming.py --model $(WORK)/int8 --size 1280x720 --resident -1 0 0:mapped
+	$(PYTHON) tests/bench/timeline.py --model $(WORK)/int8
+	$(PYTHON) tests/bench/decode.py
+	$(PYTHON) tests/bench/fused.py
+	$(PYTHON) tests/bench/attention.py
+	$(PYTHON) tests/bench/diffusers_step.py
 
 # What each Triton kernel asks of each card (shared memory, registers, spills, instructions), compiled without a GPU.
 bench-aot: $(VENV)/.dev

@@ -84,8 +84,9 @@ def estimates(plan: MemoryPlan, sizes: ModelSizes, video: Video, compute: str) -
     from lowvram_i2v.sizes import ELEMENT
 
     work, passes = Work.of(sizes.transformer, *tokens(sizes, video), ELEMENT), 2 if video.cfg else 1
+    need = (max(phase.vram for phase in plan.phases) + plan.reserve) / 2**30
     lines = ["estimated, not measured, from published rates (denoising only):"]
-    for card in CARDS:
+    for card in (card for card in CARDS if card.vram_gib >= need):
         step = passes * step_seconds(card, work, plan.streamed, compute == "w8a8" and sizes.scheme == "int8")
         lines.append(f"  {card.name:14} {step:6.1f} s a step, {video.steps * step / 60:5.1f} min for {video.steps}")
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def sized(gib: float) -> VramProfile:
     return replace(load_profile("6gb"), vram_gib=gib)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(size=sizes, frames=frames, gib=budgets, cfg=st.booleans())
 def test_a_plan_fits_or_is_refused_with_something_that_fits(
     size: tuple[int, int], frames: int, gib: float, cfg: bool
@@ -88,7 +88,7 @@ def test_a_plan_fits_or_is_refused_with_something_that_fits(
     assert plan.slots in (0, profile.slots)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(size=sizes, frames=frames, gib=budgets)
 def test_what_fits_at_most_fits_and_one_more_does_not(size: tuple[int, int], frames: int, gib: float) -> None:
     profile = sized(gib)

@@ -27,6 +27,12 @@ def test_the_table_names_phases_choices_and_cards(capsys: pytest.CaptureFixture[
     assert all(card.name in shown for card in CARDS)
 
 
+def test_cards_that_are_too_small_are_not_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--profile", "24gb", "--scheme", "bf16"]) == 0
+    shown = capsys.readouterr().out
+    assert [card.name for card in CARDS if card.name in shown] == ["RTX 3090", "RTX 4090", "RTX 5090", "H100 SXM"]
+
+
 def test_a_model_folder_is_planned_too(model_once: Made, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(model_once("latent_concat", "int8"))
     assert main(["plan", "--model", folder, "--profile", "6gb", "--size", "128x96", "--frames", "9"]) == 0
