@@ -119,13 +119,11 @@ class MemoryPlan:
 
 def make_plan(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> MemoryPlan:
     """The plan of a run. Raises ResourceError if a phase cannot fit."""
-    limit, reserve = limit_of(profile, machine), int(profile.reserve_gib * GIB)
+    limit = limit_of(profile, machine)
     plan = _best(sizes, video, profile, limit)
     if plan is None:
         raise _refused(sizes, video, profile, limit)
-    if machine.ram is not None:
-        plan = _within_ram(sizes, video, profile, plan, machine.ram)
-    return replace(plan, limit=limit, reserve=reserve)
+    return plan if machine.ram is None else _within_ram(sizes, profile, plan, machine.ram)
 
 
 def limit_of(profile: VramProfile, machine: Machine) -> int | None:
@@ -144,8 +142,7 @@ def _best(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | No
     for chunking in chunkings(sizes.transformer.heads):
         resident = _most_resident(sizes, video, profile, chunking, limit)
         if resident is not None:
-            plan = _plan(sizes, video, profile, chunking, resident, others)
-            return replace(plan, decoding=decoding_of(limit))
+            return _plan(sizes, video, profile, limit, chunking, resident, others)
     return None
 
 
@@ -171,6 +168,7 @@ def _plan(
     sizes: ModelSizes,
     video: Video,
     profile: VramProfile,
+    limit: int | None,
     chunking: Chunking,
     resident: int,
     others: dict[str, PhasePlan],
@@ -184,8 +182,8 @@ def _plan(
     )
     order = ("text", "pooled text", "image", "conditioning", "denoise", "decode")
     return MemoryPlan(
-        limit=None,
-        reserve=0,
+        limit=limit,
+        reserve=int(profile.reserve_gib * GIB),
         phases=tuple(denoise if name == "denoise" else others[name] for name in order),
         resident=len(sizes.slabs) - len(places),
         blocks=len(sizes.slabs),
@@ -193,7 +191,7 @@ def _plan(
         streamed=sum(sizes.slabs[place] for place in places),
         host=host,
         chunking=chunking,
-        decoding=DecodeChunking(),
+        decoding=decoding_of(limit),
     )
 
 
@@ -236,8 +234,7 @@ def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
 
 
 def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> dict[str, PhasePlan]:
-    """All phases but the loop: nothing in them depends on resident blocks or chunks of it. A phase that can be cut to
-    fit and still does not is infinitely large."""
+    """All phases but the loop: nothing in them depends on resident blocks or chunks of it."""
     frames = (video.frames - 1) // sizes.vae.time_ratio + 1
     ratio = sizes.vae.spatial_ratio
     latent = Shape(frames, video.height // ratio, video.width // ratio)
@@ -274,23 +271,25 @@ def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeCh
         return int(FRAGMENTS * chunking.device_bytes) + LIBRARIES, 0
 
 
-def _within_ram(sizes: ModelSizes, video: Video, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
+def _within_ram(sizes: ModelSizes, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
     """The plan, with blocks read from the file where RAM cannot hold them. Raises ResourceError if that is forbidden or
     does not help."""
     have = ram + PROCESS_RAM  # the process is running already
-    if all(phase.ram <= have for phase in plan.phases):
-        return plan
-    if profile.host == "auto" and plan.host == "pinned":
-        mapped = replace(profile, host="mapped")
-        ram_of = host_bytes(sizes.slabs, streamed_places(plan.blocks, plan.resident, profile.slots), "mapped")
-        phases = tuple(
-            replace(phase, ram=PROCESS_RAM + ram_of) if phase.name == "denoise" else phase for phase in plan.phases
-        )
-        return _within_ram(sizes, video, mapped, replace(plan, phases=phases, host="mapped"), ram)
     worst = max(plan.phases, key=lambda phase: phase.ram)
+    if worst.ram <= have:
+        return plan
+    if worst.name == "denoise" and profile.host == "auto" and plan.host == "pinned":
+        places = streamed_places(plan.blocks, plan.resident, profile.slots)
+        ring = PROCESS_RAM + host_bytes(sizes.slabs, places, "mapped")
+        phases = tuple(replace(phase, ram=ring) if phase is worst else phase for phase in plan.phases)
+        return _within_ram(sizes, profile, replace(plan, phases=phases, host="mapped"), ram)
+    remedy = 'host = "mapped" in the profile reads blocks from the disk' if plan.host == "pinned" else "close programs"
+    if worst.name == "decode":
+        remedy = 'decode = "reference" keeps less of the video'
     raise ResourceError(
-        f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, and {ram / GIB:.2f} GiB are available",
-        'Close other programs, or use a profile with host = "mapped", which reads blocks from the disk.',
+        f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, the program's own {PROCESS_RAM / GIB:.2f} included, and "
+        f"{ram / GIB:.2f} GiB are free",
+        f"A way out: {remedy}.",
     )
 
 

@@ -12,17 +12,19 @@ os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="aot"))
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import attention_variants  # noqa: E402
+import fused_variants  # noqa: E402
 import triton  # noqa: E402
-from attention_variants import variants  # noqa: E402
 from compile import HEADER, faults, report  # noqa: E402
 
 
 def main() -> int:
-    """With --gate only the tiles that are used; the number of those that fail is the exit status."""
+    """With --gate only the attention tiles that are used; the number of those that fail is the exit status."""
     words = [word for word in sys.argv[1:] if word != "--gate"]
     gate, failed = "--gate" in sys.argv, 0
     print(f"Triton {triton.__version__}\n\n{HEADER}")
-    for card, variant in variants(first=gate):
+    variants = attention_variants.variants(first=gate) + ([] if gate else fused_variants.variants())
+    for card, variant in variants:
         if not all(word in f"{variant.name} {card}" for word in words):
             continue
         try:
