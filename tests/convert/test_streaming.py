@@ -183,8 +183,9 @@ def test_an_interrupted_conversion_leaves_the_old_model_whole(
 
 
 def test_twenty_kills(released_once: Made, model_once: Made, tmp_path: Path) -> None:
-    """kill -9 at random moments of a conversion that a disk slows down: what has a final name is complete, and the
-    next run, after all kills, gives what an undisturbed one gives."""
+    """kill -9 at random moments of a conversion that a disk slows down, each within the time that an undisturbed one
+    takes on this machine now: what has a final name is complete, and the next run, after all kills, gives what an
+    undisturbed one gives."""
     source, destination = released_once("token_replace"), tmp_path / "model"
     expected = model_once("token_replace", "int8")
     script = """
@@ -197,19 +198,25 @@ def slow(*arguments):
     time.sleep(0.003)
     return original(*arguments)
 os.pwrite = slow
+def begin(folder):
+    if (child := os.fork()) == 0:
+        convert(Path(sys.argv[1]), Path(folder))
+        os._exit(0)
+    return child
+start = time.monotonic()
+os.waitpid(begin(sys.argv[3]), 0)
+whole = time.monotonic() - start
 generator = random.Random(0)
 for _ in range(20):
-    if (child := os.fork()) == 0:
-        convert(Path(sys.argv[1]), Path(sys.argv[2]))
-        os._exit(0)
-    time.sleep(generator.uniform(0.02, 1.0))
+    child = begin(sys.argv[2])
+    time.sleep(generator.uniform(0.02, 1.0) * whole)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     print("killed", flush=True)
     sys.stdin.readline()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(source), str(destination)],
+        [sys.executable, "-c", script, str(source), str(destination), str(tmp_path / "undisturbed")],
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,0 +1,130 @@
+"""The transformer's forward pass for a batch, with the modules of `lowvram_i2v.dit`: training only.
+
+The runtime has no batch axis, and one clip of the demo's size does not fill a GPU. The order of operations is that of
+`dit/transformer.py` and `dit/blocks.py`, with a leading axis; a test compares the two. Prompts are padded at the end
+and masked here, where the runtime has no padding. The residual stream stays float32 under autocast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowvram_i2v.dit.blocks import Rope
+from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
+from lowvram_i2v.kernels.qk_norm_rope import EPS, rotate_pairs
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """rows [n, longest, text_dim]; lengths [n]: valid rows; pooled [n, pooled_dim]."""
+
+    rows: Tensor
+    lengths: Tensor
+    pooled: Tensor
+
+    def mask(self, img_tokens: int) -> Tensor:
+        """[n, 1, 1, keys]: which of the image tokens and the rows after them are real."""
+        valid = torch.arange(self.rows.shape[1], device=self.rows.device) < self.lengths[:, None]
+        return F.pad(valid, (img_tokens, 0), value=True)[:, None, None]
+
+
+def velocity(
+    model: HunyuanVideoTransformer, latents: Tensor, timesteps: Tensor, prompts: Prompts, guidance: float, rope: Rope
+) -> Tensor:
+    """latents [n, 16, T, H, W] with the picture's latent in frame 0, timesteps [n] on 0..1000 -> [n, 16, T, H, W]."""
+    grid = [size // patch for size, patch in zip(latents.shape[2:], model.config.patch_size, strict=True)]
+    first = grid[1] * grid[2]
+    vectors = _vectors(model, timesteps, prompts.pooled, guidance)
+    txt = _refined(model.txt_in, prompts, timesteps)
+    img = model.img_in.proj(latents).flatten(2).transpose(1, 2).float()
+    mask = prompts.mask(img.shape[1])
+    for block in model.double_blocks:
+        img, txt = _double(block, img, txt, vectors, first, rope, mask)
+    x = torch.cat([img, txt], dim=1)
+    for block in model.single_blocks:
+        x = _single(block, x, vectors, first, rope, mask)
+    shift, scale = model.final_layer.modulation(vectors)
+    tokens = model.final_layer.linear(_modulated(x[:, : img.shape[1]], shift[:, :1], scale[:, :1]))
+    return torch.stack([model.unpatchify(one, grid) for one in tokens])
+
+
+def _vectors(model: HunyuanVideoTransformer, timesteps: Tensor, pooled: Tensor, guidance: float) -> Tensor:
+    """[n, 2, hidden]: for all tokens, and for those of the first frame (time 0, no guidance)."""
+    prompt = model.vector_in(pooled)
+    own = model.time_in(timesteps) + prompt + model.guidance_in(torch.full_like(timesteps, guidance * 1000))
+    return torch.stack([own, model.time_in(torch.zeros_like(timesteps)) + prompt], dim=1)
+
+
+def _refined(refiner: Any, prompts: Prompts, timesteps: Tensor) -> Tensor:
+    """[n, longest, hidden] float32."""
+    mean = prompts.rows.sum(1) / prompts.lengths[:, None]  # rows beyond a prompt's own are zero
+    conditioning = refiner.t_embedder(timesteps) + refiner.c_embedder(mean)
+    x, mask = refiner.input_embedder(prompts.rows).float(), prompts.mask(0)
+    for block in refiner.individual_token_refiner.blocks:
+        attn_gate, mlp_gate = block.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
+        q, k, v = block.self_attn_qkv(block.norm1(x)).unflatten(-1, (3, block.heads, -1)).unbind(-3)
+        x = x + attn_gate.float() * block.self_attn_proj(_attend(q, k, v, mask))
+        x = x + mlp_gate.float() * block.mlp(block.norm2(x))
+    return x  # type: ignore[no-any-return]
+
+
+def _double(
+    block: Any, img: Tensor, txt: Tensor, vectors: Tensor, first: int, rope: Rope, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    tokens = img.shape[1]
+    img_mod = [_by_token(value, first, tokens) for value in block.img_mod(vectors)]
+    txt_mod = block.txt_mod(vectors[:, :1])
+    img_q, img_k, img_v = _heads(block.img_attn_qkv(_modulated(img, *img_mod[:2])), block.heads)
+    txt_q, txt_k, txt_v = _heads(block.txt_attn_qkv(_modulated(txt, *txt_mod[:2])), block.heads)
+    q = torch.cat([_normed(img_q, block.img_attn_q_norm, rope), _normed(txt_q, block.txt_attn_q_norm, None)], dim=1)
+    k = torch.cat([_normed(img_k, block.img_attn_k_norm, rope), _normed(txt_k, block.txt_attn_k_norm, None)], dim=1)
+    attended = _attend(q, k, torch.cat([img_v, txt_v], dim=1), mask)
+    img = img + img_mod[2] * block.img_attn_proj(attended[:, :tokens])
+    img = img + img_mod[5] * block.img_mlp(_modulated(img, *img_mod[3:5]))
+    txt = txt + txt_mod[2].float() * block.txt_attn_proj(attended[:, tokens:])
+    return img, txt + txt_mod[5].float() * block.txt_mlp(_modulated(txt, *txt_mod[3:5]))
+
+
+def _single(block: Any, x: Tensor, vectors: Tensor, first: int, rope: Rope, mask: Tensor) -> Tensor:
+    shift, scale, gate = (_by_token(value, first, x.shape[1]) for value in block.modulation(vectors))
+    qkv, mlp = block.linear1(_modulated(x, shift, scale)).tensor_split([3 * block.hidden], dim=-1)
+    q, k, v = _heads(qkv, block.heads)
+    attended = _attend(_normed(q, block.q_norm, rope), _normed(k, block.k_norm, rope), v, mask)
+    return x + gate * block.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1))  # type: ignore[no-any-return]
+
+
+def _by_token(values: Tensor, first: int, tokens: int) -> Tensor:
+    """[n, 2, hidden] -> [n, tokens, hidden] float32: row 1 for the first tokens, row 0 for the others."""
+    n, _, hidden = values.shape
+    values = values.float()
+    parts = [values[:, 1:].expand(n, first, hidden), values[:, :1].expand(n, tokens - first, hidden)]
+    return torch.cat(parts, dim=1)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale.float()) + shift.float()
+
+
+def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """[n, tokens, 3 * hidden] -> q, k, v, each [n, tokens, heads, dim]."""
+    return qkv.reshape(*qkv.shape[:2], 3, heads, -1).unbind(2)
+
+
+def _normed(x: Tensor, norm: Any, rope: Rope | None) -> Tensor:
+    """RMS norm over a head; the tokens that the table has are rotated."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], norm.weight, EPS)
+    if rope is None:
+        return normed.to(x.dtype)
+    rotated = len(rope[0])
+    return torch.cat([rotate_pairs(normed[:, :rotated], *rope), normed[:, rotated:]], dim=1).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """[n, tokens, heads, dim] -> [n, tokens, heads * dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -1,0 +1,149 @@
+"""The training videos: made by the project's renderer on all cores while the GPU trains, chunk by chunk.
+
+Invariants: clip n of the data set is the same whoever asks for it, whenever; a chunk is a run of clips of one size. So
+a run that goes on after a break sees what it would have seen. Nothing is kept on disk: drawing is as fast as reading.
+Left out: what a video shows (`scenes.py`), how it is drawn (`render.py`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+REMADE = 8
+
+Frames = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video [F, H, W, 3], its prompt, and what the prompt says as one number an attribute (`attributes`)."""
+
+    frames: Frames
+    prompt: str
+    labels: tuple[int, ...]
+
+
+Source = Callable[[int, int, tuple[int, int]], Clip]
+"""(seed, number, (width, height)) -> the clip. A function of a module, so that other processes can call it."""
+
+
+def demo_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
+    """Clip `number` of the training split."""
+    from tools.train_demo.attributes import labels
+    from tools.train_demo.render import render
+    from tools.train_demo.scenes import draw_scene
+
+    scene = draw_scene(seed, number, size=size)
+    return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """frames uint8 [n, F, H, W, 3], on the CPU."""
+
+    frames: Tensor
+    prompts: list[str]
+    labels: Tensor
+
+
+class Clips:
+    """Chunks by number. Use it in a `with`: leaving it stops the workers.
+
+    sizes: (width, height) of chunk 0, 1, ..., again from the start. count: clips of a chunk. workers: processes that
+    render; 0 renders here, when a chunk is asked for.
+    """
+
+    def __init__(self, source: Source, seed: int, sizes: tuple[tuple[int, int], ...], count: int, workers: int) -> None:
+        self._source, self._seed, self._sizes, self._count = source, seed, sizes, count
+        self._pending: dict[int, list[Future[Clip]]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if workers:  # fork would copy a process that has a CUDA context and threads
+            self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+
+    def __enter__(self) -> Clips:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def ahead(self, number: int) -> None:
+        """Begins with a chunk that will be wanted soon."""
+        if self._pool is not None and number not in self._pending:
+            self._pending[number] = [self._pool.submit(self._source, *task) for task in self._tasks(number)]
+
+    def get(self, number: int) -> Chunk:
+        """The chunk, as soon as it is rendered."""
+        self.ahead(number)
+        if number in self._pending:
+            made = [future.result() for future in self._pending.pop(number)]
+        else:
+            made = [self._source(*task) for task in self._tasks(number)]
+        frames = torch.from_numpy(np.stack([clip.frames for clip in made]))
+        return Chunk(frames, [clip.prompt for clip in made], torch.tensor([clip.labels for clip in made]))
+
+    def _tasks(self, number: int) -> list[tuple[int, int, tuple[int, int]]]:
+        size, first = self._sizes[number % len(self._sizes)], number * self._count
+        return [(self._seed, first + i, size) for i in range(self._count)]
+
+
+def save(value: Any, path: Path) -> None:
+    """`torch.save` that leaves no half-written file under the name."""
+    unfinished = path.with_suffix(".tmp")
+    torch.save(value, unfinished)
+    os.replace(unfinished, path)
+
+
+def _one_thread() -> None:
+    """Each worker process keeps to one core."""
+    torch.set_num_threads(1)
+
+
+class Window:
+    """What each step may draw from: the newest chunks, one more every `steps` steps, each made into what a stage needs.
+
+    make: chunk number -> tensors on the training device. kept: whether what was made of a chunk lies on disk, for a
+    stage that keeps it there because it is dear: of chunks that a run on another machine left behind, only the newest
+    REMADE are made again. None: chunks are cheap.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        make: Callable[[int], dict[str, Tensor]],
+        steps: int,
+        most: int,
+        kept: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._clips, self._make, self._steps, self._most, self._kept = clips, make, steps, most, kept
+        self._held: dict[int, dict[str, Tensor]] = {}
+
+    def draw(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One of the chunks that step `step` may see, drawn with a CPU generator."""
+        newest = step // self._steps
+        if newest not in self._held:
+            self._move(newest)
+        numbers = sorted(self._held)
+        return self._held[numbers[int(torch.randint(len(numbers), (), generator=generator))]]
+
+    def _move(self, newest: int) -> None:
+        oldest = max(0, newest - self._most + 1)
+        for number in [number for number in self._held if number < oldest]:
+            del self._held[number]
+        for number in range(oldest, newest + 1):
+            remade = self._kept is None or self._kept(number) or number > newest - REMADE
+            if number not in self._held and remade:
+                self._held[number] = self._make(number)
+        if self._kept is None or not self._kept(newest + 1):
+            self._clips.ahead(newest + 1)  # rendered while the GPU trains

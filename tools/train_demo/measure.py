@@ -1,0 +1,340 @@
+"""What a video shows, measured: where each object of a known colour is, how it moves, and how the camera moves.
+
+    objects   pixels weigh by how strong the object's hue is in them; centroid, size, angle, opacity follow from these
+    camera    shift and zoom of the background from frame to frame by least squares on brightness (Lucas and Kanade
+              1981), objects masked out, added up over the video; objects are then seen as the camera would if it stood
+    motion    one word of `prompts.ACTIONS` for each object and one of `prompts.CAMERAS`
+
+Invariants: what the prompt says does happen is never looked at, only which colours there are; a video in which nothing
+moves is "still". Frames are uint8 [F, H, W, 3]. Left out: shapes, and objects that hide one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lowvram_i2v.compare import LUMA, psnr
+from tools.train_demo.prompts import COLOURS
+
+Video = npt.NDArray[np.uint8]  # [F, H, W, 3]
+Floats = npt.NDArray[np.float32]
+Track = npt.NDArray[np.float64]  # [F]
+Real = TypeVar("Real", np.float32, np.float64)
+
+WEAKEST = 0.12  # how much more of its hue than the background's a pixel needs to count, of 0..1
+HUE_SLOPE = 2.0  # a hue that is off by atan(1 / HUE_SLOPE), 27 degrees, counts nothing
+CORE = 0.12  # share of the first frame's area whose strongest pixels tell the opacity
+SEEN = 0.35  # opacity above which position, size and angle are measured
+GONE = 0.5  # opacity at the end below which an object has faded
+MOVED, PANNED = 9.0, 12.0  # pixels
+ZOOMED, GREW, SHRANK = 1.12, 1.25, 0.75
+TURNED = np.radians(50)
+ROUND_TRIP = np.radians(270)
+EDGE = 3  # of the picture at half its size, which the camera's track leaves out
+HARMONICS = (1, 2, 3, 4, 5)
+SHAPELESS = 0.04  # of a harmonic: below it nothing tells the angle
+SPREAD = 12  # pixels around an object, its shadow among them, that are not background
+COLOUR_KEPT = 0.16  # distance of mean colours, each channel 0..1
+HUE_KEPT = np.radians(20)
+NOISE = 0.002  # of brightness: background whose slope is below it says little about the camera
+
+
+@dataclass(frozen=True)
+class ObjectTrack:
+    """One object, frame by frame, each [F]; NaN where it cannot be seen. x, y: pixels; size: root mean square distance
+    from the centroid; angle: radians clockwise since the first frame, 0 where the shape tells none; opacity: 1 in the
+    first frame. colours: [F, 3], mean of its pixels in 0..1."""
+
+    x: Track
+    y: Track
+    size: Track
+    angle: Track
+    opacity: Track
+    colours: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CameraTrack:
+    """Where a place of the first frame lies in each frame: centre + (place - centre) * zoom + (x, y). Each [F]."""
+
+    x: Track
+    y: Track
+    zoom: Track
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """motion: a word for each object, in the order of the colours asked for, then the camera's.
+    flicker: mean |second difference in time| / 2 of the background, in levels of 255."""
+
+    motion: tuple[str, ...]
+    flicker: float
+    objects: tuple[ObjectTrack, ...]
+    camera: CameraTrack
+
+
+def measure(video: Video, colours: Sequence[str]) -> Measurement:
+    """Measures a video with objects of these colours. Raises ValueError for fewer than 3 frames."""
+    if len(video) < 3:
+        raise ValueError(f"{len(video)} frames show no motion")
+    planes = np.ascontiguousarray(video.transpose(3, 0, 1, 2)).astype(np.float32)
+    planes *= np.float32(1 / 255)
+    chroma = _chroma(*planes)
+    weights = [object_weights(*chroma, colour) for colour in colours]
+    outside = _outside(weights)
+    camera = track_camera(np.tensordot(LUMA, planes, 1), outside)
+    centre = (video.shape[2] - 1) / 2, (video.shape[1] - 1) / 2
+    objects = tuple(track_object(planes, weight) for weight in weights)
+    actions = [classify_object(_as_if_it_stood(track, camera, centre)) for track in objects]
+    return Measurement(
+        motion=(*actions, classify_camera(camera)),
+        flicker=flicker(video, outside),
+        objects=objects,
+        camera=camera,
+    )
+
+
+def first_frame_psnr(video: Video, picture: npt.NDArray[np.uint8]) -> float:
+    """dB between the first frame and the picture that it should be, uint8 [H, W, 3]."""
+    return psnr(float(np.mean(np.square(video[0].astype(np.float64) - picture))))
+
+
+def object_weights(across: Floats, along: Floats, colour: str) -> Floats:
+    """The frames' chroma, twice [F, H, W] -> [F, H, W] in 0..1: how strongly each pixel has the colour's hue, beyond
+    what most of the first frame has."""
+    hue_x, hue_y = (float(value) for value in _chroma(*np.array(COLOURS[colour], np.float32)))
+    strength = float(np.hypot(hue_x, hue_y))
+    hue_x, hue_y = hue_x / strength, hue_y / strength
+    toward = across * np.float32(hue_x) + along * np.float32(hue_y)
+    aside = np.abs(along * np.float32(hue_x) - across * np.float32(hue_y))
+    aside -= np.float32(0.05)
+    np.maximum(aside, 0, out=aside)
+    aside *= np.float32(HUE_SLOPE)
+    toward -= aside
+    usual = float(np.median(toward[0, ::2, ::2]))
+    weakest = max(usual, 0.0) + WEAKEST
+    toward -= np.float32(weakest)
+    toward *= np.float32(1 / (0.75 * strength - weakest))
+    return np.clip(toward, 0, 1, out=toward)
+
+
+def track_object(planes: Floats, weights: Floats) -> ObjectTrack:
+    """Where the weights lie. planes: the video as [3, F, H, W] in 0..1; weights [F, H, W]."""
+    count, height, width = weights.shape
+    area = max(float((weights[0] > 0.5).sum()), 1.0)
+    core = max(int(CORE * area), 4)
+    strongest = np.array([_top(weight[weight > 0], core) for weight in weights])
+    opacity = strongest / max(float(strongest[0]), 1e-6)
+    values = np.full((8, count), np.nan)
+    moments = np.zeros((count, len(HARMONICS)), complex)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    for index, weight in enumerate(weights):
+        if opacity[index] < SEEN or strongest[0] < SEEN:
+            continue
+        inside = weight > 0.4 * strongest[index]
+        mass, columns, rows = weight[inside].astype(np.float64), x[inside], y[inside]
+        total = mass.sum()
+        mean_x, mean_y = (mass * columns).sum() / total, (mass * rows).sum() / total
+        place = (columns - mean_x) + 1j * (rows - mean_y)
+        spread = np.abs(place) ** 2
+        colour = planes[:, index][:, inside] @ mass / total
+        values[:6, index] = mean_x, mean_y, np.sqrt((mass * spread).sum() / total), *colour
+        cubes = mass * np.abs(place) ** 3
+        unit = place / np.maximum(np.abs(place), 1e-6)
+        moments[index] = [(cubes * unit**k).sum() / max(cubes.sum(), 1e-9) for k in HARMONICS]
+    return ObjectTrack(values[0], values[1], values[2], _angle(moments), opacity.astype(np.float64), values[3:6].T)
+
+
+def _top(values: Floats, count: int) -> float:
+    """Mean of the largest `count` values, missing ones counted as 0."""
+    largest = values if len(values) <= count else np.partition(values, -count)[-count:]
+    return float(largest.sum()) / count
+
+
+def _angle(moments: npt.NDArray[np.complex128]) -> Track:
+    """[F, harmonics] -> radians since the first frame, by the harmonic that is clear in every frame that shows any."""
+    seen = np.abs(moments).max(axis=1) > 0
+    angle = np.zeros(len(moments))
+    if seen.sum() < 2:
+        return angle
+    clarity = np.min(np.abs(moments[seen]), axis=0)
+    best = int(np.argmax(clarity))
+    if clarity[best] > SHAPELESS:
+        turned = np.unwrap(np.angle(moments[seen, best])) / HARMONICS[best]
+        angle[seen] = turned - turned[0]
+        angle[~seen] = np.nan
+    return angle
+
+
+def track_camera(luma: Floats, outside: npt.NDArray[np.bool_]) -> CameraTrack:
+    """From brightness [F, H, W] in 0..1 and where the background is, [F, H, W]."""
+    smooth = _blur(_halved(luma))
+    background = outside[:, 1::2, 1::2] & outside[:, :-1:2, :-1:2]
+    background[:, :EDGE], background[:, -EDGE:], background[:, :, :EDGE], background[:, :, -EDGE:] = (False,) * 4
+    slopes = _slope(smooth, 2), _slope(smooth, 1)
+    count, height, width = smooth.shape
+    x = (np.arange(width, dtype=np.float32) - (width - 1) / 2)[None]
+    y = (np.arange(height, dtype=np.float32) - (height - 1) / 2)[:, None]
+    shifts = np.zeros((count, 3))  # x, y, zoom
+    shifts[0, 2] = 1
+    for index in range(1, count):
+        a, b = smooth[index - 1], smooth[index]
+        right, down = (slopes[axis][index - 1] + slopes[axis][index] for axis in (0, 1))
+        inside = background[index - 1] & background[index]
+        rows = np.stack([right[inside], down[inside], (right * x + down * y)[inside]])
+        flow_x, flow_y, growth = _fit(rows.astype(np.float64), (a - b)[inside].astype(np.float64))
+        zoom = (1 + growth / 2) / (1 - growth / 2)
+        before = shifts[index - 1]
+        shifts[index] = before[0] * zoom + flow_x, before[1] * zoom + flow_y, before[2] * zoom
+    return CameraTrack(2 * shifts[:, 0], 2 * shifts[:, 1], shifts[:, 2])
+
+
+def _fit(rows: npt.NDArray[np.float64], change: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Least squares of change [N] by rows [3, N], drawn towards 0 by what noise would do; then once more with what does
+    not fit, a shadow or an object of another colour, counting less."""
+    if not len(change):
+        return np.zeros(3)
+    reach = np.mean(np.square(rows[2])) / max(np.mean(np.square(rows[:2])), 1e-12)
+    ridge = np.diag([1.0, 1.0, reach]) * len(change) * NOISE**2
+    found = np.linalg.solve(rows @ rows.T + ridge, rows @ change)
+    rest = change - found @ rows
+    weight = 1 / (1 + np.square(rest / max(2 * float(np.median(np.abs(rest))), NOISE)))
+    return np.asarray(np.linalg.solve((rows * weight) @ rows.T + ridge, (rows * weight) @ change))
+
+
+def classify_camera(camera: CameraTrack) -> str:
+    """One word of `prompts.CAMERAS`. A camera that pans left moves what it sees to the right."""
+    zoom = camera.zoom[-1]
+    if zoom > ZOOMED:
+        return "zoom in"
+    if zoom < 1 / ZOOMED:
+        return "zoom out"
+    way = direction(-camera.x[-1], -camera.y[-1], PANNED)
+    return f"pan {way}" if way else "still"
+
+
+def classify_object(track: ObjectTrack) -> str:
+    """One word of `prompts.ACTIONS`, or "lost" for what is not there in the first frame."""
+    if np.isnan(track.x[0]):
+        return "lost"
+    if track.opacity[-3:].mean() < GONE:
+        return "fade"
+    seen = ~np.isnan(track.x)
+    x, y, size, angle = (values[seen] for values in (track.x, track.y, track.size, track.angle))
+    width, height = np.ptp(x), np.ptp(y)
+    if min(width, height) > MOVED and abs(_winding(x, y)) > ROUND_TRIP:
+        return "orbit"
+    way = direction(_end(x) - x[0], _end(y) - y[0], MOVED)
+    if way:
+        return way
+    if height > MOVED and width < 0.7 * height:
+        return "bounce"
+    if abs(_end(angle)) > TURNED:
+        return "clockwise" if _end(angle) > 0 else "counterclockwise"
+    growth = _end(size) / size[0]
+    if growth > GREW:
+        return "grow"
+    return "shrink" if growth < SHRANK else "still"
+
+
+def direction(x: float, y: float, least: float) -> str:
+    """left, right, up or down, the larger of the two; "" below `least` pixels."""
+    if max(abs(x), abs(y)) < least:
+        return ""
+    if abs(x) >= abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
+
+
+def colour_kept(track: ObjectTrack, fades: bool) -> bool:
+    """Whether the object keeps its first colour in every frame. Of one that is to fade the hue is judged, until half of
+    it is gone."""
+    if not fades:
+        apart = np.linalg.norm(track.colours - track.colours[0], axis=1)
+        return bool(np.all(apart < COLOUR_KEPT))  # NaN, an object out of sight, compares as false
+    if np.isnan(track.x[0]):
+        return False
+    across, along = _chroma(*track.colours[track.opacity > GONE].T)
+    turned = np.angle((across + 1j * along) / (across[0] + 1j * along[0]))
+    return bool(np.all(np.abs(turned) < HUE_KEPT))
+
+
+def flicker(video: Video, outside: npt.NDArray[np.bool_]) -> float:
+    """Mean |second difference in time| / 2 of the background, in levels of 255: motion at constant speed gives little,
+    what comes and goes from frame to frame gives all."""
+    second = np.zeros((len(video) - 2, *video.shape[1:3]), np.int16)
+    for channel in range(3):
+        values = video[..., channel].astype(np.int16)
+        second += np.abs(values[2:] - 2 * values[1:-1] + values[:-2])
+    background = outside[2:] & outside[1:-1] & outside[:-2]
+    return float(second[background].mean()) / 6 if background.any() else float("nan")
+
+
+def _as_if_it_stood(track: ObjectTrack, camera: CameraTrack, centre: tuple[float, float]) -> ObjectTrack:
+    """The object in the coordinates of the first frame."""
+    x = (track.x - centre[0] - camera.x) / camera.zoom + centre[0]
+    y = (track.y - centre[1] - camera.y) / camera.zoom + centre[1]
+    return ObjectTrack(x, y, track.size / camera.zoom, track.angle, track.opacity, track.colours)
+
+
+def _outside(weights: Sequence[Floats]) -> npt.NDArray[np.bool_]:
+    """[F, H, W]: what is neither object nor near one."""
+    inside = np.maximum.reduce(list(weights)) > 0.15
+    for axis in (1, 2):
+        grown = inside.copy()
+        for step in range(1, SPREAD + 1):
+            ahead, behind = [slice(None)] * 3, [slice(None)] * 3
+            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
+            grown[tuple(ahead)] |= inside[tuple(behind)]
+            grown[tuple(behind)] |= inside[tuple(ahead)]
+        inside = grown
+    return np.asarray(~inside)
+
+
+def _chroma(
+    red: npt.NDArray[Real], green: npt.NDArray[Real], blue: npt.NDArray[Real]
+) -> tuple[npt.NDArray[Real], npt.NDArray[Real]]:
+    """Colour without brightness, as a vector in the plane whose angle is the hue."""
+    half, height = red.dtype.type(0.5), red.dtype.type(np.sqrt(3) / 2)
+    return np.asarray(red - (green + blue) * half), np.asarray((green - blue) * height)
+
+
+def _slope(planes: Floats, axis: int) -> Floats:
+    """Half the derivative along an axis, by 5 points (3 are wrong by a fifth for a pattern of 6 pixels). Wraps around:
+    the two pixels at the edges mean nothing."""
+    near = np.roll(planes, -1, axis) - np.roll(planes, 1, axis)
+    far = np.roll(planes, -2, axis) - np.roll(planes, 2, axis)
+    return np.asarray(near * np.float32(8 / 24) - far * np.float32(1 / 24))
+
+
+def _halved(planes: Floats) -> Floats:
+    """[F, H, W] -> [F, H // 2, W // 2]: means of 2 x 2."""
+    height, width = planes.shape[1] // 2 * 2, planes.shape[2] // 2 * 2
+    even = planes[:, :height, :width]
+    return np.asarray((even[:, ::2, ::2] + even[:, 1::2, ::2] + even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 4)
+
+
+def _blur(planes: Floats) -> Floats:
+    """A binomial window of 3 pixels along both sides, [F, H, W]."""
+    for axis in (1, 2):
+        for _ in range(2):
+            first, last = [slice(None)] * 3, [slice(None)] * 3
+            first[axis], last[axis] = slice(None, 1), slice(None, -1)
+            moved = np.concatenate([planes[tuple(first)], planes[tuple(last)]], axis)
+            planes = (planes + moved) * np.float32(0.5)
+    return planes
+
+
+def _winding(x: Track, y: Track) -> float:
+    """Radians that the way turns around its own middle."""
+    angles = np.unwrap(np.arctan2(y - (y.max() + y.min()) / 2, x - (x.max() + x.min()) / 2))
+    return float(angles[-1] - angles[0])
+
+
+def _end(values: Track) -> float:
+    return float(np.median(values[-3:]))

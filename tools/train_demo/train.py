@@ -1,0 +1,88 @@
+"""Trains the demo model from nothing: `python -m tools.train_demo.train STAGE --work DIR --minutes 9 --seed 0`.
+
+Stages, in this order: vae, text, flow, export. Each goes on where it stopped, so a stage may be run in as many pieces
+as one likes; a finished one returns at once. `--steps` sets the length of a stage (and with it where the learning rate
+falls): it must be the same in all pieces but may be raised before the last quarter begins.
+
+One GPU, or the CPU for those who can wait. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tools.train_demo.clips import Clips, demo_clip
+from tools.train_demo.loop import Run
+from tools.train_demo.sizes import DEMO, SCHEME, Recipe
+
+STAGES = ("vae", "text", "flow", "export")
+VOCABULARY_SCENES = 4000  # enough for every word of the grammar
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="train_demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="the folder of checkpoints, logs and results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop after that long (default: 9)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="optimizer steps of the stage (default: the recipe's)")
+    parser.add_argument("--stop-at", type=int, help="stop at that step, whatever the time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=min(14, max(1, (os.cpu_count() or 2) - 1)))
+    parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the transformer")
+    parser.add_argument("--scheme", default=SCHEME, help="of export (default: %(default)s)")
+    given = parser.parse_args(arguments)
+
+    torch.set_float32_matmul_precision("high")
+    given.work.mkdir(parents=True, exist_ok=True)
+    recipe = with_steps(DEMO, given.stage, given.steps)
+    run = Run(given.work, given.seed, given.minutes, torch.device(given.device), given.stop_at)
+    if given.stage == "export":
+        from tools.train_demo.export import export
+
+        export(recipe, run, given.scheme)
+        return
+    with Clips(demo_clip, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, given.workers) as clips:
+        train(given.stage, recipe, clips, run, given.compile)
+
+
+def train(stage: str, recipe: Recipe, clips: Clips, run: Run, compiled: bool) -> None:
+    """One stage of the demo model."""
+    if stage == "vae":
+        from tools.train_demo import vae
+
+        vae.train(recipe, clips, run)
+    elif stage == "text":
+        from tools.train_demo import attributes, text
+
+        text.prepare(recipe, vocabulary_prompts(run.seed), run.work)
+        text.train(recipe, attributes.COUNTS, clips, run)
+    else:
+        from tools.train_demo import flow
+
+        flow.train(recipe, clips, run, compiled)
+
+
+def vocabulary_prompts(seed: int) -> list[str]:
+    """Prompts that together have every word. Held-out combinations are combinations of these words."""
+    from tools.train_demo.scenes import draw_scene
+
+    return [draw_scene(seed, number).prompt for number in range(VOCABULARY_SCENES)]
+
+
+def with_steps(recipe: Recipe, stage: str, steps: int | None) -> Recipe:
+    """The recipe with another length of one stage."""
+    if steps is None or stage == "export":
+        return recipe
+    return replace(recipe, **{stage: replace(getattr(recipe, stage), steps=steps)})
+
+
+if __name__ == "__main__":
+    main()
