@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowvram_i2v import whole_file
 from lowvram_i2v.convert.policy import Job, Layout, StoredTensor
 from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.errors import CheckpointError, RequestError, ResourceError
@@ -255,27 +256,9 @@ def _shared_cores(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on the disk, when the block ends well.
-
-    Otherwise it is removed and `path` stays as it was. What a killed process leaves behind is overwritten or removed
-    (`remove_leftovers`) next time.
-    """
-    part = path.with_name(path.name + PART)
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def replacing(path: Path) -> AbstractContextManager[Path]:
+    """`whole_file.replacing` with a name that the next run knows: it overwrites or removes what a killed one left."""
+    return whole_file.replacing(path, path.with_name(path.name + PART))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, nearest_bucket
 from lowvram_i2v.variant import VARIANTS
 
 if TYPE_CHECKING:
-    from lowvram_i2v.plan import MemoryPlan, Video
+    from lowvram_i2v.plan import Machine, MemoryPlan, Video
     from lowvram_i2v.sizes import ModelSizes
 
 WIDE = (16, 9)
@@ -121,7 +121,7 @@ def _sizes(options: argparse.Namespace) -> ModelSizes:
     return sizes_of(model_headers("full", VARIANTS[options.variant], options.scheme))
 
 
-def _machine(options: argparse.Namespace) -> Any:
+def _machine(options: argparse.Namespace) -> Machine:
     from lowvram_i2v.host_memory import available_ram
     from lowvram_i2v.plan import GIB, Machine
 

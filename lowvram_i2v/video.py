@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowvram_i2v.errors import PlatformError, RequestError, ResourceError
+from lowvram_i2v.whole_file import hidden, land
 
 Frame = npt.NDArray[np.uint8]  # [H, W, 3], RGB
 CRF = 16  # x264's quality: 18 is commonly called visually lossless, lower is better
@@ -92,9 +92,9 @@ def write_video(frames: Iterable[Frame], path: Path, fps: int, settings: dict[st
     path = path.absolute()
     height, width = first.shape[:2]
     with (
-        _temporary(path, ".mp4") as video,
-        _temporary(path, ".json") as beside,
-        _temporary(path, ".txt") as comment,
+        hidden(path, ".mp4") as video,
+        hidden(path, ".json") as beside,
+        hidden(path, ".txt") as comment,
     ):
         beside.write_text(_json(settings, indent=2) + "\n", encoding="utf-8")
         comment.write_text(_ffmetadata(_json(settings)), encoding="utf-8", newline="\n")
@@ -105,10 +105,8 @@ def write_video(frames: Iterable[Frame], path: Path, fps: int, settings: dict[st
                     raise ValueError(f"frame {count} is {frame.dtype} {frame.shape}, the first {first.shape}")
                 pipe.write(np.ascontiguousarray(frame).data)
                 count += 1
-        _sync(video)
-        _sync(beside)
-        os.replace(video, path)
-        os.replace(beside, settings_path(path))
+        land(video, path)
+        land(beside, settings_path(path))
     return count
 
 
@@ -201,19 +199,3 @@ def _comment(path: Path) -> str:
 def _ffmetadata(comment: str) -> str:
     """A metadata file as ffmpeg reads it: = ; # \\ and line ends are escaped by a backslash."""
     return ";FFMETADATA1\ncomment=" + re.sub(r"([=;#\\\n])", r"\\\1", comment) + "\n"
-
-
-@contextmanager
-def _temporary(path: Path, suffix: str) -> Iterator[Path]:
-    """A hidden name in the folder of `path`, gone at exit unless it was renamed."""
-    name = path.with_name(f".lowvram-i2v-{os.getpid()}-{secrets.token_hex(4)}{suffix}")
-    try:
-        yield name
-    finally:
-        name.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until the file's bytes are on the disk, so that the rename cannot overtake them."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -18,20 +18,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.streaming import open_transformer  # noqa: E402
+from bench.streaming import loaded, open_transformer  # noqa: E402
 from step_inputs import random_inputs  # noqa: E402
 
-from lowvram_i2v import attention  # noqa: E402
 from lowvram_i2v.checkpoint import ModelFolder  # noqa: E402
 from lowvram_i2v.device import describe, limited, outside_allocator, pick_device, release  # noqa: E402
-from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
-from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
 from lowvram_i2v.dit.workspace import Workspace  # noqa: E402
 from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.plan import GIB, Machine, MemoryPlan, Video, make_plan, tokens  # noqa: E402
 from lowvram_i2v.profile import VramProfile, load_profile, profile_names  # noqa: E402
 from lowvram_i2v.sizes import sizes_of  # noqa: E402
-from lowvram_i2v.streaming.load import stream_blocks  # noqa: E402
 from lowvram_i2v.synth.headers import model_headers  # noqa: E402
 
 VIDEOS = (
@@ -55,23 +51,7 @@ def measure(model: ModelFolder, plan: MemoryPlan, profile: VramProfile, video: V
     torch.cuda.reset_peak_memory_stats(device)
     with (
         limited(device, plan.limit),
-        model.load(
-            "transformer",
-            lambda: HunyuanVideoTransformer(config, attention.get(profile.attention)),
-            device=device,
-            dtype=torch.bfloat16,
-            only=lambda name: not is_conditioning(name) and not is_in_block(name),
-        ) as transformer,
-        stream_blocks(
-            model.files["transformer"],
-            transformer.blocks(),
-            device=device,
-            dtype=torch.bfloat16,
-            resident=plan.resident,
-            slots=plan.slots,
-            host="mapped",
-            only=lambda name: not is_conditioning(name),
-        ) as stream,
+        loaded(model, device, plan.resident, plan.slots, "mapped", profile.attention) as (transformer, stream),
     ):
         set_compute(transformer, profile.compute)
         inputs = random_inputs(

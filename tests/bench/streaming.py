@@ -12,6 +12,8 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,25 +73,7 @@ def measure(
     torch.cuda.reset_peak_memory_stats(device)
     resident, host = int(way.partition(":")[0]), way.partition(":")[2] or "pinned"
     start = time.perf_counter()
-    with (
-        model.load(
-            "transformer",
-            lambda: HunyuanVideoTransformer(model.header.transformer, attention.get(options.attention)),
-            device=device,
-            dtype=torch.bfloat16,
-            only=lambda name: not is_conditioning(name) and not is_in_block(name),
-        ) as transformer,
-        stream_blocks(
-            model.files["transformer"],
-            transformer.blocks(),
-            device=device,
-            dtype=torch.bfloat16,
-            resident=resident,
-            slots=options.slots,
-            host=host,
-            only=lambda name: not is_conditioning(name),
-        ) as stream,
-    ):
+    with loaded(model, device, resident, options.slots, host, options.attention) as (transformer, stream):
         loading = time.perf_counter() - start
         weights = torch.cuda.memory_allocated(device)
         set_compute(transformer, options.compute)
@@ -113,6 +97,33 @@ def measure(
     print(f"| {' | '.join(row)} |", flush=True)
     release(device)
     return median, result
+
+
+@contextmanager
+def loaded(
+    model: ModelFolder, device: torch.device, resident: int, slots: int, host: str, backend: str
+) -> Iterator[tuple[HunyuanVideoTransformer, BlockStream[torch.cuda.Event]]]:
+    """The transformer without what runs before the loop, and the stream of its blocks."""
+    with (
+        model.load(
+            "transformer",
+            lambda: HunyuanVideoTransformer(model.header.transformer, attention.get(backend)),
+            device=device,
+            dtype=torch.bfloat16,
+            only=lambda name: not is_conditioning(name) and not is_in_block(name),
+        ) as transformer,
+        stream_blocks(
+            model.files["transformer"],
+            transformer.blocks(),
+            device=device,
+            dtype=torch.bfloat16,
+            resident=resident,
+            slots=slots,
+            host=host,
+            only=lambda name: not is_conditioning(name),
+        ) as stream,
+    ):
+        yield transformer, stream
 
 
 def open_transformer(folder: Path) -> ModelFolder:

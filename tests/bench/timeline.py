@@ -16,15 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.streaming import open_transformer  # noqa: E402
+from bench.streaming import loaded, open_transformer  # noqa: E402
 from step_inputs import random_inputs  # noqa: E402
 
-from lowvram_i2v import attention  # noqa: E402
 from lowvram_i2v.device import pick_device  # noqa: E402
-from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
-from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
 from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
-from lowvram_i2v.streaming.load import stream_blocks  # noqa: E402
 
 Spans = list[tuple[float, float]]
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -57,24 +53,7 @@ def main() -> None:
     inputs = random_inputs(
         config, size=(width, height), frames=options.frames, steps=1, device=device, dtype=torch.bfloat16
     )
-    with (
-        model.load(
-            "transformer",
-            lambda: HunyuanVideoTransformer(config, attention.get("sdpa")),
-            device=device,
-            dtype=torch.bfloat16,
-            only=lambda name: not is_conditioning(name) and not is_in_block(name),
-        ) as transformer,
-        stream_blocks(
-            model.files["transformer"],
-            transformer.blocks(),
-            device=device,
-            dtype=torch.bfloat16,
-            resident=0,
-            slots=2,
-            only=lambda name: not is_conditioning(name),
-        ) as stream,
-    ):
+    with loaded(model, device, 0, 2, "pinned", "sdpa") as (transformer, stream):
         text = len(inputs.steps[0].txt)
         work = Workspace(config, len(inputs.rope[0]), text, Chunking(4096, config.heads), device, dtype=torch.bfloat16)
         transformer.predict(inputs.latents, inputs.steps[0], inputs.rope, stream, work)

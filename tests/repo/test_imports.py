@@ -41,6 +41,7 @@ ALLOWED = {
     "safetensors_file": {"errors"},
     "checkpoint": {"safetensors_file", "kernels", "variant", "errors", *CONFIGS},
     "convert": {
+        "whole_file",
         "attention",
         "convert",
         "checkpoint",
@@ -121,7 +122,7 @@ ALLOWED = {
         *LEAVES,
     },
     "__main__": {"cli"},
-    **{leaf: {"errors", "events", "variant", "__init__"} for leaf in LEAVES},
+    **{leaf: {"errors", "events", "variant", "whole_file", "__init__"} for leaf in LEAVES},
     "profile": {"errors", "kernels.compute"},
 }
 
