@@ -1,9 +1,9 @@
 """Predicted against measured peaks of the denoising phase: `python tests/bench/plans.py --model DIR`.
 
 For each profile and each size: makes the plan, limits the allocator to its budget, loads weights outside the blocks and
-the resident blocks, and runs one prediction as far as the first single block, which is where the peak is (every later
-block repeats one of the kinds seen). Streamed blocks come from the file, so that not every row fills RAM; on the device
-that is the same. Prints table rows.
+the resident blocks, and runs the start of a step: two double blocks, a single one and the last layer (every other block
+repeats what these do, in the same memory). Streamed blocks come from the file, so that not every row fills RAM; on the
+device that is the same. Prints table rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from step_inputs import random_inputs  # noqa: E402
 
 from lowvram_i2v.checkpoint import ModelFolder  # noqa: E402
 from lowvram_i2v.device import describe, limited, outside_allocator, pick_device, release  # noqa: E402
+from lowvram_i2v.dit import chunked  # noqa: E402
 from lowvram_i2v.dit.workspace import Workspace  # noqa: E402
 from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.plan import GIB, Machine, MemoryPlan, Video, make_plan, tokens  # noqa: E402
@@ -37,10 +38,6 @@ VIDEOS = (
     Video(512, 512, 129),
     Video(640, 368, 65),
 )
-
-
-class SeenEnough(Exception):  # noqa: N818
-    """A step that has come far enough."""
 
 
 @torch.inference_mode()
@@ -65,16 +62,18 @@ def measure(model: ModelFolder, plan: MemoryPlan, profile: VramProfile, video: V
         )
         work = Workspace(config, len(inputs.rope[0]), text, plan.chunking, device, torch.bfloat16)
 
-        def blocks():  # type: ignore[no-untyped-def]
-            for place, block in enumerate(stream):
-                if place == config.double_blocks + 1:
-                    raise SeenEnough
-                yield block
-
-        try:
-            transformer.predict(inputs.latents, inputs.steps[0], inputs.rope, blocks(), work)
-        except SeenEnough:
-            torch.cuda.synchronize()
+        step = replace(inputs.steps[0], modulation=inputs.steps[0].modulation.float())
+        first = len(inputs.rope[0]) // inputs.latents.shape[1] if step.vectors == 2 else 0
+        run = chunked.begin(work, transformer.img_in, inputs.latents, step.txt, first, inputs.rope, transformer.attend)
+        double, single = step.double(), step.single()
+        for place, block in enumerate(stream):
+            if place < 2:
+                chunked.double_block(block, run, next(double))
+            elif place == config.double_blocks:
+                chunked.single_block(block, run, next(single))
+                break
+        chunked.final_layer(transformer.final_layer.linear, run, step.final())
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
 
 
