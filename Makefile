@@ -19,9 +19,9 @@ check: $(VENV)/.dev
 	$(BIN)/python tests/repo/typecheck.py
 	$(BIN)/python -m pytest -q tests/repo
 
-# Needs a CUDA device; nothing has to be installed beside torch, transformers and pytest.
+# Needs a CUDA device, torch, transformers, pytest and hypothesis; other tests' packages are not asked for.
 test-gpu:
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q -m gpu $$(grep -rl 'mark\.gpu' tests --include='test_*.py')
 
 # Full-size measurements on a CUDA device, in WORK (64 GB of disk); the rows printed belong in docs/measurements.md.
 WORK ?= build/bench

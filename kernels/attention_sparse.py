@@ -1,92 +1,80 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Block-sparse attention on the loop of `attention_int8`: blocks of keys that matter exactly, the others as one key.
 
-Each block of queries has a list of key blocks, those whose mean key scores highest with its mean query, and `always`
-(text, the first frame). A block that is not on the list is not dropped: its mean key, with log2 of its length added to
-the score, and its mean value stand for it, so no part of a row's sum is lost. Blocks are good only if neighbouring
-tokens are alike: `brick_order` walks through the video in bricks of 4x4x4 tokens.
+`attention_route` is the same in plain torch and says what is computed, `attention_cut` which blocks are always seen and
+what is allocated. Blocks are good only if neighbouring tokens are alike: the model's image tokens come in the order of
+`dit/token_order.py`.
 
-Cost: `density` of dense attention, 1/64 for the means, and a matrix product of means. Approximate: the error depends on
-the video, so nothing uses this by itself.
+Cost: `density` of dense attention, 1/64 for the means, a matrix product of means, one pass over their scores. It is
+approximate, and the error depends on the video, so nothing uses this by itself.
 
 Invariants: those of `attention_int8`; every list has the same length and holds the last, ragged block; no list is made
-on the host.
+on the host, and nothing waits for the device. Long lists (of text tokens, which see everything) start first.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowvram_i2v.kernels.attention_cut import HEADS_AT_ONCE, Cut
 from lowvram_i2v.kernels.attention_int8 import multiply_values, quantize_rows, score_tile
-from lowvram_i2v.kernels.attention_launch import LOG2_E, launch_options, on_device
-from lowvram_i2v.kernels.attention_quantize import Quantized, encode, padded_length, quantize, statistics
+from lowvram_i2v.kernels.attention_launch import LOG2_E, check_inputs, launch_options, on_device
+from lowvram_i2v.kernels.attention_quantize import Quantized, encode, padded_length, statistics
+from lowvram_i2v.kernels.attention_route import Route, block_means
 from lowvram_i2v.kernels.attention_tiles import Tile
 
-BRICK = 4
+LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 
-@dataclass(frozen=True)
-class Route:
-    """blocks [heads, query blocks, kept] int32, ascending: which key blocks each query block sees exactly.
-    skipped [heads, query blocks, padded key blocks] uint8: 1 where a block's mean stands for it."""
+@triton.jit(do_not_specialize=["count", "kept", "first", "last"])
+def route_kernel(
+    scores, blocks, skipped, count, padded, kept, first, last,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """One list: scores [heads, query blocks, count] -> the `kept` places with the highest ones, ascending.
 
-    blocks: Tensor
-    skipped: Tensor
-
-
-def brick_order(frames: int, height: int, width: int) -> Tensor:
-    """Tokens of a video [frames, height, width] in the order of bricks of 4x4x4, walked to and fro: int64 indices."""
-    t, y, x = torch.meshgrid(*(torch.arange(n) for n in (frames, height, width)), indexing="ij")
-    key = torch.zeros_like(t)
-    back = torch.zeros_like(t)
-    for place, size in ((t, frames), (y, height), (x, width)):
-        bricks = -(-size // BRICK)
-        brick = place // BRICK
-        brick = torch.where(back % 2 == 1, bricks - 1 - brick, brick)
-        key, back = key * bricks + brick, back + brick
-    for place in (t, y, x):
-        key = key * BRICK + place % BRICK
-    return torch.argsort(key.flatten(), stable=True)
-
-
-def block_means(x: Tensor, size: int) -> Tensor:
-    """x [tokens, heads, dim] -> means of blocks of `size` tokens, [blocks, heads, dim] float32."""
-    whole = len(x) // size
-    means = x[: whole * size].reshape(whole, size, *x.shape[1:]).mean(1, dtype=torch.float32)
-    rest = x[whole * size :]
-    return torch.cat([means, rest.mean(0, keepdim=True, dtype=torch.float32)]) if len(rest) else means
-
-
-def route(q: Tensor, key_means: Tensor, always: Tensor, tile: Tile, density: float) -> Route:
-    """Which key blocks each block of `tile.rows` queries sees: the share `density` with the highest scores of means.
-
-    key_means [blocks, heads, dim], always [blocks] bool: blocks that everyone sees; the last one should be among them.
+    Floats in the order of integers of the same bits, and the kept-th highest by halving the range of integers: no sort.
     """
-    count = len(key_means)
-    kept = min(count, max(1, round(density * count)))
-    scores = torch.einsum("qhd,khd->hqk", block_means(q, tile.rows), key_means)
-    scores = scores.masked_fill_(always, float("inf"))
-    blocks = scores.topk(kept, dim=-1).indices.sort(-1).values
-    skipped = torch.ones(*scores.shape[:2], padded_length(count, tile), dtype=torch.uint8, device=q.device)
-    skipped[..., count:] = 0
-    return Route(blocks.int(), skipped.scatter_(2, blocks, 0))
+    OWN: tl.constexpr = (ROWS + KEYS - 1) // KEYS
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    place = tl.arange(0, SIZE)
+    exists = place < count
+    own = tl.program_id(0) * ROWS // KEYS
+    always = (place < first) | (place >= count - last) | ((place >= own) & (place < own + OWN))
+    score = tl.load(scores + row * count + place, mask=exists, other=0.0)
+    bits = tl.where(always, float("inf"), score).to(tl.int32, bitcast=True)
+    key = tl.where(exists, tl.where(bits < 0, bits ^ HIGHEST, bits), LOWEST)
+    low = tl.full([], LOWEST, tl.int64)
+    high = tl.full([], HIGHEST, tl.int64)
+    for _ in tl.range(0, 32):
+        middle = (low + high + 1) >> 1
+        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= kept
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    above = key > low.to(tl.int32)
+    equal = exists & (key == low.to(tl.int32))
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    at = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(blocks + row * kept + at, place, mask=chosen)
+    tl.store(skipped + row * padded + place, (exists & (chosen == 0)).to(tl.uint8), mask=place < padded)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_kv", "kept"])
+@triton.jit(do_not_specialize=["n_q", "n_kv", "kept", "text_from"])
 def sparse_kernel(
-    q, k, k_scale, v, mean_k, mean_k_scale, mean_v, v_scale, v_centre, out, blocks, skipped,
-    q_stride, q_head_stride, out_stride, out_head_stride, n_q, n_kv, kept, padded, mean_padded, factor,
+    q, k, k_scale, v, mean_k, mean_k_scale, mean_v, v_scale, v_centre, out, blocks, skipped, every,
+    q_stride, q_head_stride, out_stride, out_head_stride, n_q, n_kv, kept, text_from, padded, mean_padded, factor,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PV: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """As `int8_kernel`; mean_k, mean_v hold one code row a block, LENGTH is log2 of a whole block's length."""
+    """As `int8_kernel`; mean_k, mean_v hold one code row a block, LENGTH is log2 of a whole block's length, every counts
+    all blocks."""
     EIGHT: tl.constexpr = PV == "fp8" or PV == "fp8_acc16" or PV == "fp8_scaled"
     SHIFT: tl.constexpr = 8.0 if EIGHT else 0.0
-    start = tl.program_id(0).to(tl.int64) * ROWS
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    start = part.to(tl.int64) * ROWS
     head = tl.program_id(1).to(tl.int64)
     exists = start + tl.arange(0, ROWS) < n_q
     keys = tl.arange(0, KEYS)
@@ -107,14 +95,16 @@ def sparse_kernel(
     m = tl.full([ROWS], -float("inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    row = head * tl.num_programs(0) + tl.program_id(0)
-    for i in tl.range(0, kept):
-        block = tl.load(blocks + row * kept + i)
+    row = head * tl.num_programs(0) + part
+    whole = part >= text_from
+    listed = tl.where(whole, every, blocks + row * kept)
+    for i in tl.range(0, tl.where(whole, tl.cdiv(n_kv, KEYS), kept)):
+        block = tl.load(listed + i)
         scale = q_scale * tl.load(k_scale + head * (padded // KEYS) + block)
         p, alpha, m, l = score_tile(q_codes, tl.load(k_at + block * (KEYS * DIM)), scale, m, l, SHIFT)
         acc = multiply_values(p, tl.load(v_at + block * v_step), acc * alpha[:, None], PV, ROWS, KEYS, DIM)
     l -= (tl.cdiv(n_kv, KEYS) * KEYS - n_kv) * tl.math.exp2(-m)
-    for i in tl.range(0, mean_padded // KEYS):
+    for i in tl.range(0, tl.where(whole, 0, mean_padded // KEYS)):
         scale = q_scale * tl.load(mean_k_scale + head * (mean_padded // KEYS) + i)
         stands = tl.load(skipped + row * mean_padded + i * KEYS + keys)
         bias = tl.where(stands != 0, LENGTH, -float("inf"))
@@ -133,32 +123,50 @@ def sparse_kernel(
     tl.store(at, values.to(out.dtype.element_ty), mask=exists[:, None])
 
 
+def route(q: Tensor, key_means: Tensor, cut: Cut, tile: Tile) -> Route:
+    """As `attention_route.route`, a few heads at a time, `skipped` padded as `encode` pads the means' codes."""
+    heads = q.shape[1]
+    size = (heads, cut.query_blocks)
+    blocks = torch.empty(*size, cut.kept, dtype=torch.int32, device=q.device)
+    skipped = torch.empty(*size, padded_length(cut.key_blocks, tile), dtype=torch.uint8, device=q.device)
+    query_means = block_means(q, cut.rows)
+    for first in range(0, heads, HEADS_AT_ONCE):
+        some = slice(first, first + HEADS_AT_ONCE)
+        scores = torch.einsum("qhd,khd->hqk", query_means[:, some], key_means[:, some]).contiguous()
+        with on_device(q):
+            route_kernel[(cut.query_blocks, len(scores))](
+                scores, blocks[some], skipped[some], cut.key_blocks, skipped.shape[2], cut.kept, cut.first, cut.last,
+                ROWS=cut.rows, KEYS=cut.keys, SIZE=triton.next_power_of_2(skipped.shape[2]),
+            )  # fmt: skip
+    return Route(blocks, skipped)
+
+
 def attend_routed(
-    q: Tensor, kv: Quantized, means: Quantized, chosen: Route, tile: Tile, out: Tensor | None = None
+    q: Tensor, kv: Quantized, means: Quantized, chosen: Route, cut: Cut, tile: Tile, out: Tensor | None = None
 ) -> Tensor:
-    """Attention of q [queries, heads, dim] over chosen blocks of `kv` and means of the others. `out` may be q."""
-    tokens, heads, dim = q.shape
+    """Attention of q [tokens, heads, dim] over chosen blocks of `kv` and means of the others. `out` may be q."""
+    dim = q.shape[2]
     out = q.new_empty(q.shape) if out is None else out
+    every = torch.arange(cut.key_blocks, dtype=torch.int32, device=q.device)
     with on_device(q):
-        sparse_kernel[(triton.cdiv(tokens, tile.rows), heads)](
+        sparse_kernel[(cut.query_blocks, q.shape[1])](
             q, kv.k, kv.k_scale, kv.v, means.k, means.k_scale, means.v, kv.v_scale, kv.v_centre, out,
-            chosen.blocks, chosen.skipped, *q.stride()[:2], *out.stride()[:2],
-            tokens, kv.tokens, chosen.blocks.shape[2], kv.k.shape[1], means.k.shape[1], LOG2_E * dim**-0.5,
+            chosen.blocks, chosen.skipped, every, *q.stride()[:2], *out.stride()[:2],
+            cut.tokens, kv.tokens, cut.kept, cut.text_from, kv.k.shape[1], means.k.shape[1], LOG2_E * dim**-0.5,
             ROWS=tile.rows, KEYS=tile.keys, DIM=dim, PV=tile.pv, LENGTH=tile.keys.bit_length() - 1,
             **launch_options(tile),
         )  # fmt: skip
     return out
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, density: float, always: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """q, k, v [tokens, heads, dim] -> [tokens, heads, dim], with the share `density` of key blocks exact.
-
-    always [key blocks of tile.keys tokens] bool, on q's device, true for the last. `density` must leave room for them.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, cut: Cut, out: Tensor | None = None) -> Tensor:
+    """q, k, v [tokens, heads, dim] -> [tokens, heads, dim], cut as `cut` says with the tile's rows and keys."""
+    check_inputs(q, k, v)
+    if (cut.tokens, cut.rows, cut.keys) != (len(k), tile.rows, tile.keys) or len(q) != len(k):
+        raise ValueError(f"{cut} is not a cut of {len(q)} queries and {len(k)} keys for tiles of {tile}")
     centres = statistics(k, v)
-    key_means, value_means = block_means(k, tile.keys), block_means(v, tile.keys)
-    kv = quantize(k, v, tile, centres)
-    means = encode(key_means, value_means, tile, centres)
-    return attend_routed(q, kv, means, route(q, key_means - centres[0], always, tile, density), tile, out)
+    key_means = block_means(k, tile.keys)
+    means = encode(key_means, block_means(v, tile.keys), tile, centres)
+    chosen = route(q, key_means.sub_(centres[0]), cut, tile)
+    del key_means
+    return attend_routed(q, encode(k, v, tile, centres), means, chosen, cut, tile, out)

@@ -16,9 +16,11 @@ from typing import Any
 
 from lowvram_i2v import __version__
 from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands
+from lowvram_i2v.cli_kernels import add_commands as add_kernel_commands
 from lowvram_i2v.cli_media import add_commands as add_media_commands
 from lowvram_i2v.cli_plan import add_commands as add_plan_commands
 from lowvram_i2v.console import Console
+from lowvram_i2v.demo_model import ADVICE, FRAMES, STEPS, is_demo, model_path, shipped, size_for
 from lowvram_i2v.errors import LowVramError, RequestError
 from lowvram_i2v.events import Notice
 from lowvram_i2v.profile import DEFAULT_PROFILE
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_plan_commands(commands, _size)
     add_media_commands(commands)
+    add_kernel_commands(commands)
     return parser
 
 
@@ -69,7 +72,12 @@ def _add_generate(commands: Any) -> None:
     )
     parser.set_defaults(command=_generate)
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="model folder, as `convert` writes it")
+    add(
+        "--model",
+        type=model_path,
+        metavar="DIR",
+        help="model folder, as `convert` writes it; demo, the default, is the small one in the package, where it has one",
+    )
     add("--image", type=Path, metavar="FILE", help="the picture that becomes the first frame")
     add("--prompt", metavar="TEXT", help="what happens in the video (see below)")
     add("--output", type=Path, required=True, metavar="FILE.mp4")
@@ -133,6 +141,8 @@ def _generate(options: argparse.Namespace) -> int:
     profile = load_profile(options.profile)
     device = pick_device(options.device)
     console(Notice(f"{describe(device)}; profile {profile.name}; seed {request.seed}"))
+    if is_demo(model):
+        console(Notice(ADVICE))
 
     from lowvram_i2v.embed_cache import EmbedCache, default_folder
     from lowvram_i2v.job import RunOptions
@@ -162,15 +172,19 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
             given.setdefault("flow_shift", None)
         about = settings.get("about")
         if model is None and isinstance(about, dict) and isinstance(about.get("model"), str):
-            model = Path(about["model"])
+            model = model_path(about["model"])
         request = replace(request, **given)
     else:
         missing = [f"--{name}" for name in ("image", "prompt") if name not in given]
         if missing:
             raise RequestError(f"{' and '.join(missing)} not given", "Or repeat another video with --like.")
-        request = GenerateRequest(output=options.output, **{"seed": secrets.randbits(32), **given})
+        model = model or shipped()
+        known = {"frames": FRAMES, "steps": STEPS} if is_demo(model) else {}
+        request = GenerateRequest(output=options.output, **{"seed": secrets.randbits(32), **known, **given})
     if model is None:
         raise RequestError("--model not given", "Name the folder that `lowvram-i2v convert` wrote.")
+    if is_demo(model) and request.size is None and "resolution" not in given:
+        request = replace(request, size=size_for(request.image))
     return request, model
 
 
@@ -225,10 +239,11 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="try the whole path on a tiny random model: no download, no GPU")
+    parser = commands.add_parser("demo", help="try the whole path on a small model: no download, no GPU")
     parser.set_defaults(command=_demo)
     parser.add_argument("--folder", type=Path, default=Path("demo_out"), metavar="DIR", help="(default %(default)s)")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="your own picture instead of a drawn one")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="your own picture, with a --prompt that fits it")
+    parser.add_argument("--prompt", metavar="TEXT", help="what happens in the video")
     parser.add_argument("--device", default="auto", metavar="NAME")
 
 
@@ -237,7 +252,7 @@ def _demo(options: argparse.Namespace) -> int:
     from lowvram_i2v.device import pick_device
 
     console = Console()
-    path = demo(options.folder, options.image, pick_device(options.device), console)
+    path = demo(options.folder, options.image, options.prompt, pick_device(options.device), console)
     print(console.table(), file=sys.stderr)
     print(path)
     return 0

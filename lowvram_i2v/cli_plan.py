@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_i2v.demo_model import model_path
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile, profile_names
 from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, nearest_bucket
@@ -28,7 +29,7 @@ def add_commands(commands: Any, size: Any) -> None:
     parser.set_defaults(command=_plan)
     add = parser.add_argument
     add("--profile", metavar="NAME", default=DEFAULT_PROFILE, help="see `lowvram-i2v profiles` (default %(default)s)")
-    add("--model", type=Path, metavar="DIR", help="a model folder; without it the released model")
+    add("--model", type=model_path, metavar="DIR", help="a model folder, or demo; without it the released model")
     add("--scheme", choices=SCHEMES, default="int8", help="of the released model (default %(default)s)")
     add("--variant", choices=VARIANTS, default="token_replace", help="of the released model (default %(default)s)")
     add("--resolution", choices=RESOLUTIONS, default=default.resolution, help="16:9 in it (default %(default)s)")

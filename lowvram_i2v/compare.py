@@ -3,6 +3,7 @@
     PSNR        of all RGB values; SSIM on luma, 11-pixel Gaussian window (Wang et al. 2004)
     brightness  luma averaged over 32 x 32 pixels, b minus a: what tiles with moments of their own get wrong
     jump        mean |difference| of a frame to the one before it, of each video: a seam in time stands out
+    seams       brightness at the borders of a decoder's tiles, of each video and of b minus a (see `seams`)
 
 Units are levels of 255. Invariants: frames are taken one at a time from both, nothing holds a video; numpy alone does
 the arithmetic. Left out: learned metrics, alignment in time or space, sound.
@@ -11,7 +12,7 @@ the arithmetic. Left out: learned metrics, alignment in time or space, sound.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lowvram_i2v.errors import PlatformError, RequestError
+from lowvram_i2v.seams import Plane, Seam, SeamMeter, Tiles, seam_lines
 
 Frame = npt.NDArray[np.uint8]  # [H, W, 3], RGB
-Plane = npt.NDArray[np.float32]  # [H, W]
 
 BLOCK = 32  # pixels, of the brightness error; what remains at the right and lower edge counts as a block too
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # BT.709
@@ -52,11 +53,12 @@ class FrameError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two videos of equal size and length."""
+    """Of two videos of equal size and length. seams: of "a", of "b" and of "b - a", whose pictures cancel."""
 
     width: int
     height: int
     frames: tuple[FrameError, ...]
+    seams: dict[str, list[Seam]]
 
     @property
     def psnr(self) -> float:
@@ -100,6 +102,8 @@ class Comparison:
             rms = math.sqrt(_mean((frame.jump_b - frame.jump_a) ** 2 for frame in self.frames[1:]))
             most = self.frames[excess].jump_b - self.frames[excess].jump_a
             lines.append(f"b over a    rms {rms:.2f}, most {most:+.2f} at frame {excess}")
+        for name, seams in self.seams.items():
+            lines += seam_lines(f"seams of {name}", seams)
         return lines
 
     def table(self) -> list[str]:
@@ -111,20 +115,24 @@ class Comparison:
         return lines
 
 
-def compare_videos(a: Path, b: Path) -> Comparison:
-    """Compares two video files. Raises RequestError for one that cannot be read, or another size or length."""
+def compare_videos(a: Path, b: Path, tiles: Tiles | None = None) -> Comparison:
+    """Compares two video files. tiles: those that a decoder may have used, by default the released code's.
+
+    Raises RequestError for a file that cannot be read, or another size or length.
+    """
     with closing(read_frames(a)) as frames_a, closing(read_frames(b)) as frames_b:
         try:
-            return compare_frames(frames_a, frames_b)
+            return compare_frames(frames_a, frames_b, tiles)
         except ValueError as error:
             raise RequestError(
                 f"{a} and {b} cannot be compared: {error}.", "Give two versions of one video."
             ) from error
 
 
-def compare_frames(a: Iterable[Frame], b: Iterable[Frame]) -> Comparison:
+def compare_frames(a: Iterable[Frame], b: Iterable[Frame], tiles: Tiles | None = None) -> Comparison:
     """Compares frames uint8 [H, W, 3] as they come. Raises ValueError for another size or number of frames, or none."""
     errors: list[FrameError] = []
+    meters = {name: SeamMeter(tiles) for name in ("a", "b", "b - a")}
     before: tuple[Frame, Frame] | None = None
     size = (0, 0)
     for frame_a, frame_b in zip_longest(a, b):
@@ -132,15 +140,18 @@ def compare_frames(a: Iterable[Frame], b: Iterable[Frame]) -> Comparison:
             raise ValueError(f"{'a' if frame_a is None else 'b'} ends after {len(errors)} frames, the other goes on")
         if frame_a.shape != frame_b.shape:
             raise ValueError(f"frames are {_size(frame_a)} and {_size(frame_b)}")
-        errors.append(_frame_error(frame_a, frame_b, before))
+        planes = luma(frame_a), luma(frame_b)
+        errors.append(_frame_error(frame_a, frame_b, planes, before))
+        for meter, plane in zip(meters.values(), (*planes, planes[1] - planes[0]), strict=True):
+            meter.add(plane)
         before, size = (frame_a, frame_b), (frame_a.shape[1], frame_a.shape[0])
     if not errors:
         raise ValueError("there are no frames")
-    return Comparison(*size, tuple(errors))
+    return Comparison(*size, tuple(errors), {name: meter.seams() for name, meter in meters.items()})
 
 
-def _frame_error(a: Frame, b: Frame, before: tuple[Frame, Frame] | None) -> FrameError:
-    luma_a, luma_b = luma(a), luma(b)
+def _frame_error(a: Frame, b: Frame, planes: tuple[Plane, Plane], before: tuple[Frame, Frame] | None) -> FrameError:
+    luma_a, luma_b = planes
     blocks = block_means(luma_b - luma_a)
     return FrameError(
         squared=float(np.mean(np.square(_difference(a, b), dtype=np.int32), dtype=np.float64)),
@@ -193,38 +204,6 @@ def ssim(a: Plane, b: Plane) -> float:
     brightness = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
     structure = (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
     return float(np.mean(brightness * structure, dtype=np.float64))
-
-
-def border_steps(frames: Iterable[Frame], rows: Sequence[int] = (), columns: Sequence[int] = ()) -> float:
-    """How much a tile's border shows: the step in brightness across it, over the median of such steps in the 32 lines
-    around it, for the worst border. About 1 where there is no seam.
-
-    rows, columns: first pixel after each border, 2 or more, and at most the side less 2. Raises ValueError without
-    frames or borders.
-    """
-    totals: list[npt.NDArray[np.float64]] = []
-    for frame in frames:
-        plane = luma(frame)
-        squares = [_line_steps(plane), _line_steps(plane.T)]
-        totals = [total + square for total, square in zip(totals, squares, strict=True)] if totals else squares
-    if not totals or not (rows or columns):
-        raise ValueError("no frames or no borders")
-    worst = 0.0
-    for total, borders in zip(totals, (rows, columns), strict=True):
-        for index in (border - 2 for border in borders):
-            around = total[max(index - BLOCK // 2, 0) : index + BLOCK // 2 + 1]
-            worst = max(worst, math.sqrt(total[index] / max(float(np.median(around)), 1e-9)))
-    return worst
-
-
-def _line_steps(plane: Plane) -> npt.NDArray[np.float64]:
-    """[H, W] -> [H - 3]: the squared step of brightness between row i + 1 and row i + 2, beyond what the steps before
-    and after it would have (a gradient is no seam), averaged over stretches of 32 pixels (texture is none either)."""
-    steps = np.diff(plane, axis=0)
-    beyond = steps[1:-1] - (steps[:-2] + steps[2:]) / 2
-    starts = np.arange(0, beyond.shape[1], BLOCK)
-    means = np.add.reduceat(beyond, starts, axis=1) / np.diff(np.append(starts, beyond.shape[1]))
-    return np.asarray(np.mean(np.square(means), axis=1, dtype=np.float64))
 
 
 def read_frames(path: Path) -> Generator[Frame]:

@@ -1,35 +1,45 @@
-"""The whole path in one command: a tiny checkpoint with random weights in the released layout, converted, animates a
-picture. It shows that everything works; random weights make no picture worth looking at.
-"""
+"""The whole path in one command: the model that ships animates the picture that ships, or one of the user's own."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_i2v.checkpoint import COMPONENTS
-from lowvram_i2v.convert.convert import convert
+from lowvram_i2v.demo_model import ADVICE, FRAMES, PICTURE, PROMPT, STEPS, package_file, shipped, size_for
+from lowvram_i2v.errors import RequestError
 from lowvram_i2v.events import Listener, Notice
 from lowvram_i2v.pipeline import generate
 from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile
 from lowvram_i2v.request import GenerateRequest
-from lowvram_i2v.sample_photo import draw_sample_photo
-from lowvram_i2v.synth import synth
 
 if TYPE_CHECKING:
     import torch
 
-PROMPT = "The ball rolls slowly to the right, meadow under a clear sky, the camera stands still."
 
+def demo(folder: Path, image: Path | None, prompt: str | None, device: torch.device, listen: Listener) -> Path:
+    """Writes picture and video into `folder`; returns the video's path.
 
-def demo(folder: Path, image: Path | None, device: torch.device, listen: Listener) -> Path:
-    """Writes checkpoint, model, picture and video into `folder`; returns the video's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    image: None for the picture that ships. Raises RequestError for a picture without a prompt, and as `generate` does.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--folder {folder} cannot be made: {error}.", "Name another folder.") from error
+    model = shipped()
+    if model is None:
+        from lowvram_i2v.random_demo import random_demo
+
+        return random_demo(folder, image, prompt, device, listen)
+    if image is not None and prompt is None:
+        raise RequestError("--image without --prompt.", f"Say what happens in it, such as {PROMPT!r}")
     if image is None:
-        image = folder / "photo.png"
-        draw_sample_photo().save(image)
-    synth(folder / "checkpoint", "tiny", "token_replace", COMPONENTS, 0, device, listen)
-    convert(folder / "checkpoint", folder / "model", listen=listen)
-    listen(Notice("the weights are random: expect a pattern, not a film"))
-    request = GenerateRequest(image, PROMPT, folder / "demo.mp4", size=(240, 160), frames=17, steps=4)
-    return generate(request, folder / "model", load_profile(DEFAULT_PROFILE), device, listen)
+        image = folder / PICTURE
+        shutil.copyfile(package_file(PICTURE), image)
+    else:
+        listen(Notice(ADVICE))
+    request = GenerateRequest(
+        image, prompt or PROMPT, folder / "demo.mp4", size=size_for(image), frames=FRAMES, steps=STEPS
+    )
+    listen(Notice(f"{image}: {request.prompt}"))
+    return generate(request, model, load_profile(DEFAULT_PROFILE), device, listen)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_i2v import attention
+from lowvram_i2v.attention import choice
 from lowvram_i2v.checkpoint import ModelFolder, open_model
 from lowvram_i2v.device import free_vram
 from lowvram_i2v.embed_cache import EmbedCache
@@ -117,7 +118,6 @@ def prepare(
     """Checks request, picture, output, model folder, prompts and memory. Raises one of the four errors, or returns the
     job."""
     request.check()
-    attend = attention.get(profile.attention)
     model = open_model(folder)
     picture = read_image(request.image, listen)
     request = request.resolve(*picture.size)
@@ -126,13 +126,14 @@ def prepare(
     _check_tensors(model)
     sizes = sizes_of(model)
     profile = _computable(profile, sizes.scheme, device, listen)
+    profile = _attending(profile, sizes.transformer.head_dim, device, listen)
     job = Job(
         request=request,
         model=model,
         profile=profile,
         device=device,
         plan=_plan(request, sizes, profile, device, listen),
-        attend=attend,
+        attend=attention.get(profile.attention),
         picture=picture,
         first_frame=fitted.image,
         prompt=request.prompt.strip(),
@@ -190,6 +191,14 @@ def _computable(profile: VramProfile, scheme: str | None, device: torch.device, 
         return profile
     listen(Notice(f"compute {profile.compute}: {reason}. Weights are dequantized instead (w8a16)."))
     return replace(profile, compute="w8a16")
+
+
+def _attending(profile: VramProfile, head_dim: int, device: torch.device, listen: Listener) -> VramProfile:
+    """The profile, with the attention backend that runs on this card. Tries the one asked for on a few tokens."""
+    chosen = choice.choose(profile.attention, device, head_dim, eight_bit=profile.compute == "w8a8")
+    if chosen.name != profile.attention:
+        listen(Notice(f"attention: {chosen.name} ({chosen.why})"))
+    return replace(profile, attention=chosen.name)
 
 
 def _plan(

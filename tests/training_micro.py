@@ -91,7 +91,7 @@ def prompts() -> list[str]:
 
 
 def clips() -> Clips:
-    return Clips(square_clip, 0, MICRO.clip_sizes, MICRO.clips_per_chunk, workers=0)
+    return Clips(square_clip, 0, MICRO.clip_sizes, MICRO.clips_per_chunk, 0, square_clip)
 
 
 def run(work: Path, stop_at: int | None = None) -> Run:

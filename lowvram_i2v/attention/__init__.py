@@ -2,10 +2,15 @@
 
 A backend attends over one packed sequence (image tokens, then valid text tokens): batch 1, no padding, so no mask.
 `get` imports a backend's file when it is asked for, never before. `choice.choose` says which one runs on a machine.
+
+Most backends need to know q, k and v. One that treats tokens by what they are, or steps differently, is chosen anew for
+each prediction, by a `Layout`: `by_layout`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
@@ -22,15 +27,33 @@ class AttentionBackend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What the tokens of a prediction are, and when it is made.
+
+    image_tokens come first, those of the first frame (first_tokens) before the others, in space-filling order
+    (`dit/token_order.py`); text_tokens follow. step of steps, counted from 0.
+    """
+
+    first_tokens: int
+    image_tokens: int
+    text_tokens: int
+    step: int
+    steps: int
+
+
+ByLayout = Callable[[Layout], AttentionBackend]
+
 BACKENDS = {
     "sdpa": "lowvram_i2v.attention.sdpa",
     "triton": "lowvram_i2v.attention.triton",
     "triton-int8": "lowvram_i2v.attention.triton_int8",
+    "triton-sparse": "lowvram_i2v.attention.triton_sparse",
     "sage": "lowvram_i2v.attention.sage",
     "flash": "lowvram_i2v.attention.flash",
 }
 PACKAGES = {"triton": "triton", "triton-int8": "triton", "sage": "sageattention", "flash": "flash_attn"}
-"""What a backend imports beside torch."""
+"""What a backend imports beside torch. triton-sparse needs Triton on CUDA only."""
 
 
 def get(name: str) -> AttentionBackend:
@@ -47,3 +70,16 @@ def get(name: str) -> AttentionBackend:
         )
     backend: AttentionBackend = import_module(BACKENDS[name]).attend
     return backend
+
+
+def by_layout(name: str, sparse_density: float, sparse_after: float) -> ByLayout | None:
+    """How the backend of that name is chosen for each prediction, or None if it is the same for all: `get`.
+
+    sparse_density: share of the key blocks that a block of queries sees exactly. sparse_after: share of the steps that
+    run dense before.
+    """
+    if name != "triton-sparse":
+        return None
+    from lowvram_i2v.attention.triton_sparse import Sparse
+
+    return Sparse(sparse_density, sparse_after)

@@ -30,20 +30,25 @@ def test_auto_is_exact_unless_eight_bits_are_allowed(monkeypatch: pytest.MonkeyP
         choice.choose("magic", CUDA, 128)
 
 
-@pytest.mark.parametrize(
-    ("error", "said"), [(0.5, "off by 50.0%"), (float("nan"), "off by nan%"), (RuntimeError("no image"), "no image")]
-)
-def test_a_backend_that_fails_its_self_test_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, error: float | Exception, said: str
-) -> None:
-    def self_test(*_: object) -> float:
-        if isinstance(error, Exception):
-            raise error
-        return error
+def half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return reference.attention(q, k, v) / 2
 
-    monkeypatch.setattr(choice, "self_test", self_test)
-    monkeypatch.setattr(choice, "find_spec", lambda _: object())
-    chosen = choice.choose("triton-int8", CUDA, 128)
+
+def nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q * float("nan")
+
+
+def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no image")
+
+
+@pytest.mark.parametrize(("attend", "said"), [(half, "off by 50.0%"), (nothing, "off by nan%"), (broken, "no image")])
+def test_a_backend_that_fails_its_self_test_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, attend: attention.AttentionBackend, said: str
+) -> None:
+    monkeypatch.setattr(choice, "missing", lambda *_: None)
+    monkeypatch.setattr(choice, "get", lambda _: attend)
+    chosen = choice.choose("triton-int8", CPU, 32)
     assert chosen.name == "sdpa"
     assert said in chosen.why
 
@@ -61,7 +66,7 @@ def test_a_missing_package_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_self_test_passes_for_sdpa() -> None:
-    assert choice.self_test("sdpa", CPU, 32) < 1e-5
+    assert choice.self_test("sdpa", CPU, 32) is None
 
 
 def test_the_definition_is_torchs() -> None:
@@ -79,7 +84,7 @@ def test_backends_on_this_card(name: str) -> None:
     attend = attention.get(name)
     for tokens in (1, 63, 64, 65, 1111):
         q, k, v = torch.randn(3, tokens, 6, 128, device=CUDA, dtype=torch.bfloat16)[:, :, 2:5].unbind()
-        exact = reference.attention(q, k, v)
-        assert reference.relative_l2(attend(q, k, v), exact) < choice.LIMITS[name]
+        exact, limit = reference.attention(q, k, v), 0.08 if name in choice.EIGHT_BIT else 0.01
+        assert reference.relative_l2(attend(q, k, v), exact) < limit
         assert attend(q, k, v, out=q) is q  # type: ignore[call-arg]
-        assert reference.relative_l2(q, exact) < choice.LIMITS[name]
+        assert reference.relative_l2(q, exact) < limit

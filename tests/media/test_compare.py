@@ -9,7 +9,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lowvram_i2v.compare import (
     block_means,
-    border_steps,
     compare_frames,
     compare_videos,
     luma,
@@ -118,25 +117,6 @@ def test_a_stutter_shows_in_the_jumps():
     assert jumps[8] > 1.3 * result.frames[8].jump_a
     step = np.abs(a[3].astype(float) - a[2]).mean()
     assert result.frames[3].jump_a == pytest.approx(step)
-
-
-def test_a_seam_shows_at_the_tile_s_border():
-    rows, columns = np.mgrid[0:96, 0:128, 0:1][:2]
-    waves = [100 + 60 * np.sin(rows / 30 + t) + 40 * np.cos(columns / 20 - t) for t in range(3)]
-    frames = [noisy(np.repeat(wave, 3, axis=2), 1) for wave in waves]
-    seamed = [frame.copy() for frame in frames]
-    for frame in seamed:
-        frame[48:] = np.clip(frame[48:].astype(int) + 2, 0, 255)
-    assert border_steps(frames, rows=[48]) < 1.5
-    assert border_steps(seamed, rows=[48]) > 4
-    turned = [frame.transpose(1, 0, 2) for frame in seamed]
-    assert border_steps(turned, columns=[48]) == pytest.approx(border_steps(seamed, rows=[48]))
-    assert border_steps(seamed, rows=[30], columns=[64]) == border_steps(frames, rows=[30], columns=[64])
-    noise = [noisy(np.full((96, 128, 3), 90, np.uint8), 20, seed) for seed in range(4)]
-    assert border_steps(noise, rows=[32, 48, 64], columns=[32, 64, 96]) == pytest.approx(1.3, abs=0.4)
-    for wrong in (lambda: border_steps([], rows=[1]), lambda: border_steps(frames)):
-        with pytest.raises(ValueError, match="no frames or no borders"):
-            wrong()
 
 
 def test_unequal_videos_are_errors():

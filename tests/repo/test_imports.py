@@ -25,6 +25,7 @@ LEAVES = {
     "image",
     "video",
     "sample_photo",
+    "demo_model",
     "whole_file",
     "__init__",
 }
@@ -99,16 +100,21 @@ ALLOWED = {
         "preview",
         *LEAVES,
     },
-    "demo": {"pipeline", "synth", "convert", "checkpoint", *LEAVES},
+    "demo": {"pipeline", "random_demo", *LEAVES},
+    "random_demo": {"pipeline", "synth", "convert", "checkpoint", *LEAVES},
     "latents_file": {"safetensors_file", "vae.config", *LEAVES},
     "preview": {"checkpoint", "safetensors_file", "vae", *LEAVES},
-    "compare": {"errors"},
-    "cli_media": {"compare", "latents_file", "pipeline", "console", *LEAVES},
+    "seams": set(),
+    "compare": {"seams", "errors"},
+    "cli_media": {"compare", "seams", "latents_file", "pipeline", "console", *LEAVES},
     "console": {"events"},
+    "kernel_check": {"attention", "kernels", "device"},
+    "cli_kernels": {"kernel_check", *LEAVES},
     "cli_convert": {"convert", "console", *LEAVES},
     "cli_plan": {"plan", "sizes", "cards", "checkpoint", "synth", *LEAVES},
     "cli": {
         "cli_convert",
+        "cli_kernels",
         "cli_media",
         "cli_plan",
         "job",
@@ -124,6 +130,7 @@ ALLOWED = {
     "__main__": {"cli"},
     **{leaf: {"errors", "events", "variant", "whole_file", "__init__"} for leaf in LEAVES},
     "profile": {"errors", "kernels.compute"},
+    "demo_model": {"image"},
 }
 
 

@@ -48,6 +48,16 @@ def demo_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
     return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
 
 
+def held_out_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
+    """Clip `number` of the split that training never sees."""
+    from tools.train_demo.attributes import labels
+    from tools.train_demo.render import render
+    from tools.train_demo.scenes import draw_scene
+
+    scene = draw_scene(seed, number, held_out=True, size=size)
+    return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """frames uint8 [n, F, H, W, 3], on the CPU."""
@@ -61,11 +71,20 @@ class Clips:
     """Chunks by number. Use it in a `with`: leaving it stops the workers.
 
     sizes: (width, height) of chunk 0, 1, ..., again from the start. count: clips of a chunk. workers: processes that
-    render; 0 renders here, when a chunk is asked for.
+    render; 0 renders here, when a chunk is asked for. held_out: clips that training does not see.
     """
 
-    def __init__(self, source: Source, seed: int, sizes: tuple[tuple[int, int], ...], count: int, workers: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        sizes: tuple[tuple[int, int], ...],
+        count: int,
+        workers: int,
+        held_out: Source,
+    ) -> None:
         self._source, self._seed, self._sizes, self._count = source, seed, sizes, count
+        self._held_out = held_out
         self._pending: dict[int, list[Future[Clip]]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers:  # fork would copy a process that has a CUDA context and threads
@@ -90,12 +109,24 @@ class Clips:
             made = [future.result() for future in self._pending.pop(number)]
         else:
             made = [self._source(*task) for task in self._tasks(number)]
-        frames = torch.from_numpy(np.stack([clip.frames for clip in made]))
-        return Chunk(frames, [clip.prompt for clip in made], torch.tensor([clip.labels for clip in made]))
+        return _chunk(made)
+
+    def held_out(self, count: int) -> list[Chunk]:
+        """The first `count` held-out clips of each size: always the same."""
+        chunks = []
+        for size in dict.fromkeys(self._sizes):
+            made = [self._held_out(self._seed, number, size) for number in range(count)]
+            chunks.append(_chunk(made))
+        return chunks
 
     def _tasks(self, number: int) -> list[tuple[int, int, tuple[int, int]]]:
         size, first = self._sizes[number % len(self._sizes)], number * self._count
         return [(self._seed, first + i, size) for i in range(self._count)]
+
+
+def _chunk(made: list[Clip]) -> Chunk:
+    frames = torch.from_numpy(np.stack([clip.frames for clip in made]))
+    return Chunk(frames, [clip.prompt for clip in made], torch.tensor([clip.labels for clip in made]))
 
 
 def save(value: Any, path: Path) -> None:

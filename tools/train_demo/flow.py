@@ -25,6 +25,7 @@ from lowvram_i2v.dit.rope import rope_table
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.sampling.schedule import TIMESTEPS
 from tools.train_demo import text, vae
+from tools.train_demo.batched_vae import picture_latents, plain_way
 from tools.train_demo.batched import Prompts, velocity
 from tools.train_demo.clips import Clips, Window, save
 from tools.train_demo.loop import Losses, Run, Training, autocast, averaged, generators
@@ -32,6 +33,7 @@ from tools.train_demo.sizes import GUIDANCE, Recipe
 
 SHIFT = 3.0
 DROPPED = 0.1
+AT_ONCE = 16  # clips that are encoded
 ROWS_STEP = 16  # padded prompts come in few lengths, so that a compiled model does too
 
 
@@ -137,12 +139,15 @@ def load_encoders(recipe: Recipe, run: Run) -> Encoders:
 def encode(clips: Clips, number: int, encoders: Encoders, run: Run) -> dict[str, Tensor]:
     """A chunk's scaled latents (half precision, CPU) and its prompts."""
     chunk = clips.get(number)
-    latents = [encoders.vae.latents(vae.as_floats(video.to(run.device))) for video in chunk.frames]
+    way = plain_way(run.device)
+    latents = [
+        picture_latents(encoders.vae, vae.as_floats(few.to(run.device)), way) for few in chunk.frames.split(AT_ONCE)
+    ]
     prompts = encoders.text.encode(chunk.prompts, chunk.frames[:, 0])
     longest = prompts.rows.shape[1]
     rows = F.pad(prompts.rows, (0, 0, 0, -longest % ROWS_STEP))
     return {
-        "latents": (torch.stack(latents) * encoders.scaling_factor).half().cpu(),
+        "latents": (torch.cat(latents) * encoders.scaling_factor).half().cpu(),
         "rows": rows.cpu(),
         "lengths": prompts.lengths.cpu(),
         "pooled": prompts.pooled.cpu(),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tools.train_demo.clips import Clips, demo_clip
+from tools.train_demo.clips import Clips, demo_clip, held_out_clip
 from tools.train_demo.loop import Run
 from tools.train_demo.sizes import DEMO, SCHEME, Recipe
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         export(recipe, run, given.scheme)
         return
-    with Clips(demo_clip, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, given.workers) as clips:
+    with Clips(demo_clip, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, given.workers, held_out_clip) as clips:
         train(given.stage, recipe, clips, run, given.compile)
 
 

@@ -6,7 +6,8 @@ hallucinate. `sharpness` compares neighbour differences, which a blurred edge mi
 Group norm makes a picture's latent differ from the first latent of its video, and the sampler puts the picture's there.
 So half of the steps decode the picture's latent followed by the video's others: the decoder learns both.
 
-Result: the moving average, and `vae.json`, the config with the measured scaling factor (1 / standard deviation).
+Result: the moving average, `vae.json`, the config with the measured scaling factor (1 / standard deviation), and
+`vae.png`, held-out frames over what became of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from torch import Tensor, nn
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.encoder import VaeEncoder
+from tools.train_demo import batched_vae
+from tools.train_demo.batched_vae import Way
 from tools.train_demo.clips import Clips, Window
-from tools.train_demo.loop import Losses, Run, Training, autocast, averaged, generators
+from tools.train_demo.loop import Losses, Run, Training, averaged, generators
+from tools.train_demo.sheet import write_sheet
 from tools.train_demo.sizes import Recipe, Stage
 
-SHARPNESS, SQUARED, KL = 0.5, 1.0, 3e-4
+SHARPNESS, SQUARED, KL = 0.5, 1.0, 1e-4
 SHORT = 17  # frames of the clips of three steps in four
 MEASURED = 16  # clips of the scaling factor
+EXAMINED, SHOWN = 8, 2  # held-out clips of each size: judged, on the sheet
+AT_ONCE = 8  # clips of a pass without gradients
 
 
 class Vae(nn.Module):
@@ -53,45 +59,41 @@ class Vae(nn.Module):
 
 
 def train(recipe: Recipe, clips: Clips, run: Run) -> None:
-    """Trains until the time is up; when all steps are done, measures the scaling factor."""
+    """Trains until the time is up, then measures the scaling factor and draws the sheet."""
     stage = recipe.vae
     torch.manual_seed(run.seed)
+    clips.ahead(0)
     training = Training("vae", Vae(recipe.size.vae), stage, run)
     model = training.model
     assert isinstance(model, Vae)
-    window = Window(clips, lambda number: _frames(clips, number, run), stage.chunk_steps, stage.most_chunks)
+    if not training.done:
+        window = Window(clips, lambda number: _frames(clips, number, run), stage.chunk_steps, stage.most_chunks)
+        held_out = [chunk.frames.to(run.device) for chunk in clips.held_out(EXAMINED)]
+        way = _fastest(training, window, run)
 
-    def losses_of(step: int) -> Losses:
-        choices, noise = generators(run, step)
-        frames = window.draw(step, choices)["frames"]
-        return step_losses(model, _batch(frames, stage, choices), choices, noise)
+        def losses_of(step: int) -> Losses:
+            choices, noise = generators(run, step)
+            frames = window.draw(step, choices)["frames"]
+            return step_losses(model, _batch(frames, stage, choices), choices, noise, way)
 
-    training.run(losses_of)
+        training.run(losses_of, lambda: {"held-out dB": round_trip(model, held_out, way)})
     measure(recipe, clips, run)
 
 
-def step_losses(model: Vae, videos: Tensor, choices: torch.Generator, noise: torch.Generator) -> Losses:
-    """videos: uint8 [n, F, H, W, 3]. One after the other: the modules know no batch, a clip fills a GPU."""
-    picture_first = bool(torch.rand((), generator=choices) < 0.5)
-    sums: dict[str, Tensor] = {}
-    for video in videos:
-        for name, value in clip_losses(model, as_floats(video), picture_first, noise).items():
-            sums[name] = sums.get(name, 0) + value / len(videos)
-    return sums
-
-
-def clip_losses(model: Vae, video: Tensor, picture_first: bool, noise: torch.Generator) -> Losses:
-    """video: [3, F, H, W] in -1..1."""
-    with autocast(video.device):
-        mean, logvar = model.encode(video)
-        latent = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise, device=mean.device)
-        if picture_first:
-            latent = torch.cat([model.encode(video[:, :1])[0], latent[:, 1:]], dim=1)
-        made = model.decode(latent)
-    absolute, squared = F.l1_loss(made, video), F.mse_loss(made, video)
-    edges, kl = sharpness(made, video), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+def step_losses(
+    model: Vae, videos: Tensor, choices: torch.Generator, noise: torch.Generator, way: Way
+) -> dict[str, Tensor]:
+    """videos: uint8 [n, F, H, W, 3]."""
+    wanted = as_floats(videos)
+    mean, logvar = batched_vae.encode(model, wanted, way)
+    latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise, device=mean.device)
+    if bool(torch.rand((), generator=choices) < 0.5):
+        latents = torch.cat([batched_vae.encode(model, wanted[:, :, :1], way)[0], latents[:, :, 1:]], dim=2)
+    made = batched_vae.decode(model, latents, way)
+    absolute, squared = F.l1_loss(made, wanted), F.mse_loss(made, wanted)
+    edges, kl = sharpness(made, wanted), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     total = absolute + SQUARED * squared + SHARPNESS * edges + KL * kl
-    return {"loss": total, "l1": absolute, "edges": edges, "kl": kl, "psnr": -10 * torch.log10(squared.detach() / 4)}
+    return {"loss": total, "l1": absolute, "edges": edges, "kl": kl, "dB": -10 * torch.log10(squared.detach() / 4)}
 
 
 def sharpness(made: Tensor, wanted: Tensor) -> Tensor:
@@ -99,20 +101,51 @@ def sharpness(made: Tensor, wanted: Tensor) -> Tensor:
     return sum(F.l1_loss(made.diff(dim=axis), wanted.diff(dim=axis)) for axis in (-1, -2))  # type: ignore[return-value]
 
 
-def as_floats(video: Tensor) -> Tensor:
-    """uint8 [F, H, W, 3] -> float [3, F, H, W] in -1..1."""
-    return video.permute(3, 0, 1, 2).float() / 127.5 - 1
+def as_floats(videos: Tensor) -> Tensor:
+    """uint8 [..., F, H, W, 3] -> float [..., 3, F, H, W] in -1..1."""
+    return videos.movedim(-1, -4).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def round_trip(model: Vae, held_out: list[Tensor], way: Way) -> float:
+    """Mean PSNR of clips, encoded as inference encodes them and decoded. held_out: uint8 [n, F, H, W, 3] each."""
+    return sum(float(psnr(made, videos).sum()) for videos, made in _round_trips(model, held_out, way)) / sum(
+        len(videos) for videos in held_out
+    )
+
+
+def psnr(made: Tensor, videos: Tensor) -> Tensor:
+    """uint8 [n, ...] both -> [n], dB."""
+    return -10 * torch.log10(((made.float() - videos.float()) / 255).square().flatten(1).mean(1).clamp(min=1e-10))
+
+
+def _round_trips(model: Vae, held_out: list[Tensor], way: Way) -> list[tuple[Tensor, Tensor]]:
+    """(videos, what became of them), each uint8."""
+    made = []
+    for videos in held_out:
+        for few in videos.split(AT_ONCE):
+            latents = batched_vae.picture_latents(model, as_floats(few), way)
+            made.append((few, as_bytes(batched_vae.decode(model, latents, way))))
+    return made
+
+
+def as_bytes(videos: Tensor) -> Tensor:
+    """The inverse of `as_floats`."""
+    return ((videos.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-4, -1)
 
 
 @torch.no_grad()
 def measure(recipe: Recipe, clips: Clips, run: Run) -> None:
-    """Writes vae.json."""
-    model = load(recipe.size.vae, run)
+    """Writes vae.json and vae.png, in float32."""
+    model, way = load(recipe.size.vae, run), Way(torch.float32)
     frames = clips.get(0).frames[:MEASURED].to(run.device)
-    latents = torch.cat([model.latents(as_floats(video)).flatten() for video in frames])
+    latents = torch.cat([batched_vae.picture_latents(model, as_floats(few), way) for few in frames.split(AT_ONCE)])
     config = replace(recipe.size.vae, scaling_factor=round(1 / float(latents.std()), 6))
     (run.work / "vae.json").write_text(json.dumps(config.to_official(), indent=1))
     print(f"vae: scaling factor {config.scaling_factor}", flush=True)
+    shown = [chunk.frames.to(run.device) for chunk in clips.held_out(SHOWN)]
+    pairs = [pair for videos, made in _round_trips(model, shown, way) for pair in zip(videos, made, strict=True)]
+    write_sheet([(video.cpu().numpy(), made.cpu().numpy()) for video, made in pairs], run.work / "vae.png")
 
 
 def load(config: VaeConfig, run: Run) -> Vae:
@@ -125,6 +158,21 @@ def load(config: VaeConfig, run: Run) -> Vae:
 def trained_config(work: Path) -> VaeConfig:
     """With the measured scaling factor."""
     return VaeConfig.from_official(json.loads((work / "vae.json").read_text()))
+
+
+def _fastest(training: Training, window: Window, run: Run) -> Way:
+    """Tried on the training's own steps; leaves no trace in the model."""
+    model, stage = training.model, training.stage
+    assert isinstance(model, Vae)
+    choices, noise = generators(run, training.step)
+    videos = window.draw(training.step, choices)["frames"][: stage.batch, :SHORT]
+
+    def step(way: Way) -> None:
+        loss = step_losses(model, videos, torch.Generator().manual_seed(0), noise, way)["loss"]
+        torch.autograd.backward(loss)
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return batched_vae.fastest(run.device, step)
 
 
 def _frames(clips: Clips, number: int, run: Run) -> dict[str, Tensor]:
