@@ -88,6 +88,13 @@ def test_compare_prints_the_figures(tmp_path, capsys):
     assert "inf dB" in printed[1]
     assert run("compare", tmp_path / "a.mp4", tmp_path / "b.mp4", "--per-frame") == 0
     assert len(capsys.readouterr().out.splitlines()) == len(printed) + 5
+    assert run("compare", tmp_path / "a.mp4", tmp_path / "b.mp4", "--tile", "32") == 0
+    more = capsys.readouterr().out.splitlines()[len(printed) :]
+    assert [line.split(":")[0] for line in more] == [
+        f"seams of {video}, {axis}" for video in ("a", "b", "b - a") for axis in ("columns", "rows")
+    ]
+    with pytest.raises(RequestError, match="a tile of 8 frames is too small"):
+        run("compare", tmp_path / "a.mp4", tmp_path / "b.mp4", "--tile-frames", "8")
 
 
 def test_compare_refuses_what_is_no_video(tmp_path):

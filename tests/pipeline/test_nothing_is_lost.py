@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_models import Made
 from tiny_models import model_once as model_once
@@ -14,6 +18,20 @@ from tiny_models import released_once as released_once
 from lowvram_i2v import cli, pipeline
 
 Flags = list[str]
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLED_MIDWAY = """
+import os, signal, sys, time, torch
+from lowvram_i2v import cli, pipeline
+torch.set_num_threads(int(sys.argv[1]))
+whole = pipeline.decode_frames
+def some(*arguments):
+    yield next(whole(*arguments))[:, :5]
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+pipeline.decode_frames = some
+cli.main(sys.argv[2:])
+"""
 
 
 @pytest.fixture
@@ -46,6 +64,12 @@ def test_a_killed_decode_is_finished_later_with_the_same_bytes(
         patch.setattr(pipeline, "decode_frames", killed)
         assert cli.main([*flags, "--seed", "1"]) == 130
     assert f"lowvram-i2v decode {latents}" in capsys.readouterr().err
+    assert latents.exists()
+    latents.unlink()
+
+    command = [sys.executable, "-c", KILLED_MIDWAY, str(torch.get_num_threads()), *flags, "--seed", "1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr  # while frames are written, with no chance to clean up
     assert not output.exists()
     assert cli.main(["decode", str(latents), "--device", "cpu"]) == 0
     assert output.read_bytes() == whole
