@@ -76,7 +76,7 @@ def _add_generate(commands: Any) -> None:
         "--model",
         type=model_path,
         metavar="DIR",
-        help="model folder, as `convert` writes it; demo, the default, is the small one in the package, where it has one",
+        help="model folder, as `convert` writes it; demo (default) is the small one in the package, if it has one",
     )
     add("--image", type=Path, metavar="FILE", help="the picture that becomes the first frame")
     add("--prompt", metavar="TEXT", help="what happens in the video (see below)")

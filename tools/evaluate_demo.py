@@ -1,4 +1,5 @@
-"""How well the demo model animates, in numbers: `python tools/evaluate_demo.py --model DIR`.
+"""How well the demo model animates, in numbers: `python tools/evaluate_demo.py --model DIR`, or of every way to run it:
+`python tools/evaluate_demo.py --table FILE.jsonl --models WORK`.
 
 Renders held-out scenes, gives first frame and prompt to the model folder through the `pipeline.generate` that users
 run, reads the mp4s back and measures them. Prints the table; `--control` makes the videos that should score far lower:
@@ -7,8 +8,11 @@ run, reads the mp4s back and measures them. Prints the table; `--control` makes 
     static     no model: the first frame, all the time
     rendered   no model: the scene itself, which is how far the measure can be trusted
 
-`--keep DIR` keeps the videos and `--against DIR` compares with those of another run: bf16 against int8, dense attention
-against sparse, w8a16 against w8a8 (by `--profile`).
+`--keep DIR` keeps the videos and `--against DIR` compares with those of another run.
+
+`--table` makes the Markdown table of what schemes, 8-bit products, attention and decode policies cost, controls in it
+(`demo_table.py`). WORK holds `model-bf16`, `model-int8` and so on, as `tools.train_demo.train export` leaves them. It
+goes on where it stopped; `--minutes` stops it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from lowvram_i2v.compare import psnr, read_frames  # noqa: E402
+from lowvram_i2v.demo_model import STEPS  # noqa: E402
 from lowvram_i2v.errors import LowVramError, RequestError  # noqa: E402
 from lowvram_i2v.events import ignore  # noqa: E402
 from lowvram_i2v.profile import DEFAULT_PROFILE  # noqa: E402
@@ -49,12 +54,13 @@ from tools.train_demo.scenes import FPS, Scene, draw_scene  # noqa: E402
 
 CONTROLS = ("shuffled", "static", "rendered")
 WITHOUT_MODEL: dict[str, MakeVideo] = {"static": still_video, "rendered": render}
-STEPS = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
+        if options.table:
+            return make_table(options)
         report, apart = run(options)
     except LowVramError as error:
         print(f"evaluate_demo: {error}", file=sys.stderr)
@@ -86,6 +92,29 @@ def run(options: argparse.Namespace) -> tuple[Report, list[float]]:
         report = evaluate(scenes, make_video)
         apart = [_apart(folder, options.against, number) for number in range(len(scenes))] if options.against else []
     return report, apart
+
+
+def make_table(options: argparse.Namespace) -> int:
+    """Goes on with the table and prints it as far as it is. Raises LowVramError."""
+    from lowvram_i2v.device import pick_device
+    from tools.demo_table import WAYS, Settings, parse_way, summary
+    from tools.demo_table import run as run_table
+
+    if options.models is None or options.videos < 1:
+        raise RequestError("--table needs --models, and 1 or more --videos.", "Name the folder of the exports.")
+    settings = Settings(
+        models=options.models,
+        results=options.table,
+        ways=tuple(map(parse_way, options.row)) if options.row else WAYS,
+        videos=options.videos,
+        seed=options.seed,
+        steps=options.steps,
+        flow_shift=options.flow_shift,
+        minutes=options.minutes,
+        workers=options.workers,
+    )
+    print("\n".join(summary(run_table(settings, pick_device(options.device)), settings)))
+    return 0
 
 
 def generator(options: argparse.Namespace, folder: Path) -> MakeVideo:
@@ -166,6 +195,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--trained", action="store_true", help="scenes such as training shows, instead of held-out ones")
     add("--keep", type=Path, metavar="DIR", help="keep the videos and their pictures here")
     add("--against", type=Path, metavar="DIR", help="compare with the videos that --keep left there")
+    add("--table", type=Path, metavar="FILE", help="make the table of all ways; results are kept, and found, here")
+    add("--models", type=Path, metavar="DIR", help="with --table: the folder of model-bf16, model-int8, ...")
+    add("--row", action="append", metavar="WORDS", help="with --table: a way of your own, such as 'int8 w8a8 sdpa'")
+    add("--minutes", type=float, default=1e6, metavar="N", help="with --table: begin no scene after so long")
+    add("--workers", type=int, default=1, metavar="N", help="with --table: processes (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="every result")
     add("--verbose", action="store_true", help="print the videos that are right, too")
     return parser

@@ -1,4 +1,4 @@
-"""Strict types for all that ships: `python tests/repo/typecheck.py`.
+"""Strict types for all that ships, and for tools/: `python tests/repo/typecheck.py`.
 
 mypy does not follow the package's search path, so it is shown the tree as it is once installed: a folder of links in
 which kernels/, convert/ and profiles/ lie inside lowvram_i2v/.
@@ -23,6 +23,7 @@ def main() -> int:
     ]:
         if entry.name != "__pycache__":
             (package / entry.name).symlink_to(entry)
+    (tree / "tools").symlink_to(ROOT / "tools")
     command = [
         sys.executable,
         "-m",
@@ -31,6 +32,8 @@ def main() -> int:
         str(ROOT / "pyproject.toml"),
         "-p",
         "lowvram_i2v",
+        "-p",
+        "tools",
     ]
     return subprocess.run(command, cwd=tree, check=False).returncode
 

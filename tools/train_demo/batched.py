@@ -3,11 +3,14 @@
 The runtime has no batch axis, and one clip of the demo's size does not fill a GPU. The order of operations is that of
 `dit/transformer.py` and `dit/blocks.py`, with a leading axis; a test compares the two. Prompts are padded at the end
 and masked here, where the runtime has no padding. The residual stream stays float32 under autocast.
+
+Compiled means: one block of each kind, which all blocks of the kind share; what does not compile runs as it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowvram_i2v.dit.blocks import Rope
+from lowvram_i2v.dit.embedders import ScalarEmbedder, scalar_frequencies
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.kernels.qk_norm_rope import EPS, rotate_pairs
 
@@ -34,7 +38,13 @@ class Prompts:
 
 
 def velocity(
-    model: HunyuanVideoTransformer, latents: Tensor, timesteps: Tensor, prompts: Prompts, guidance: float, rope: Rope
+    model: HunyuanVideoTransformer,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompts: Prompts,
+    guidance: float,
+    rope: Rope,
+    compiled: bool = False,
 ) -> Tensor:
     """latents [n, 16, T, H, W] with the picture's latent in frame 0, timesteps [n] on 0..1000 -> [n, 16, T, H, W]."""
     grid = [size // patch for size, patch in zip(latents.shape[2:], model.config.patch_size, strict=True)]
@@ -43,27 +53,46 @@ def velocity(
     txt = _refined(model.txt_in, prompts, timesteps)
     img = model.img_in.proj(latents).flatten(2).transpose(1, 2).float()
     mask = prompts.mask(img.shape[1])
+    double, single = _compiled_blocks() if compiled else (_double, _single)
     for block in model.double_blocks:
-        img, txt = _double(block, img, txt, vectors, first, rope, mask)
+        img, txt = double(block, img, txt, vectors, first, rope, mask)
     x = torch.cat([img, txt], dim=1)
     for block in model.single_blocks:
-        x = _single(block, x, vectors, first, rope, mask)
+        x = single(block, x, vectors, first, rope, mask)
     shift, scale = model.final_layer.modulation(vectors)
     tokens = model.final_layer.linear(_modulated(x[:, : img.shape[1]], shift[:, :1], scale[:, :1]))
     return torch.stack([model.unpatchify(one, grid) for one in tokens])
 
 
+@cache
+def _compiled_blocks() -> tuple[Any, Any]:
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(_double, dynamic=False), torch.compile(_single, dynamic=False)
+
+
 def _vectors(model: HunyuanVideoTransformer, timesteps: Tensor, pooled: Tensor, guidance: float) -> Tensor:
     """[n, 2, hidden]: for all tokens, and for those of the first frame (time 0, no guidance)."""
     prompt = model.vector_in(pooled)
-    own = model.time_in(timesteps) + prompt + model.guidance_in(torch.full_like(timesteps, guidance * 1000))
-    return torch.stack([own, model.time_in(torch.zeros_like(timesteps)) + prompt], dim=1)
+    time, guided = _scalar(model.time_in, timesteps), torch.full_like(timesteps, guidance * 1000)
+    own = time + prompt + _scalar(model.guidance_in, guided)
+    return torch.stack([own, _scalar(model.time_in, torch.zeros_like(timesteps)) + prompt], dim=1)
+
+
+def _scalar(embedder: ScalarEmbedder, value: Tensor) -> Tensor:
+    """As the embedder does it; its table is made once, not copied to the GPU in every step."""
+    angles = value.float()[:, None] * _frequencies(value.device)
+    return embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # type: ignore[no-any-return]
+
+
+@cache
+def _frequencies(device: torch.device) -> Tensor:
+    return scalar_frequencies().to(device)
 
 
 def _refined(refiner: Any, prompts: Prompts, timesteps: Tensor) -> Tensor:
     """[n, longest, hidden] float32."""
     mean = prompts.rows.sum(1) / prompts.lengths[:, None]  # rows beyond a prompt's own are zero
-    conditioning = refiner.t_embedder(timesteps) + refiner.c_embedder(mean)
+    conditioning = _scalar(refiner.t_embedder, timesteps) + refiner.c_embedder(mean)
     x, mask = refiner.input_embedder(prompts.rows).float(), prompts.mask(0)
     for block in refiner.individual_token_refiner.blocks:
         attn_gate, mlp_gate = block.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)

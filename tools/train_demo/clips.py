@@ -10,8 +10,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,12 @@ def held_out_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
     return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
 
 
+def small_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
+    """Half as large and half as long as `demo_clip`: for a look at whether everything runs."""
+    clip = demo_clip(seed, number, (2 * size[0], 2 * size[1]))
+    return replace(clip, frames=np.ascontiguousarray(clip.frames[::2, ::2, ::2]))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """frames uint8 [n, F, H, W, 3], on the CPU."""
@@ -89,6 +95,11 @@ class Clips:
         self._pool: ProcessPoolExecutor | None = None
         if workers:  # fork would copy a process that has a CUDA context and threads
             self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+
+    @property
+    def in_background(self) -> bool:
+        """Whether other processes render."""
+        return self._pool is not None
 
     def __enter__(self) -> Clips:
         return self
@@ -144,9 +155,9 @@ def _one_thread() -> None:
 class Window:
     """What each step may draw from: the newest chunks, one more every `steps` steps, each made into what a stage needs.
 
-    make: chunk number -> tensors on the training device. kept: whether what was made of a chunk lies on disk, for a
-    stage that keeps it there because it is dear: of chunks that a run on another machine left behind, only the newest
-    REMADE are made again. None: chunks are cheap.
+    make: chunk number -> tensors on the training device; the next chunk is made by a thread while the device trains.
+    kept: whether what was made of a chunk lies on disk, for a stage that keeps it there because it is dear: of chunks
+    that a run on another machine left behind, only the newest REMADE are made again. None: chunks are cheap.
     """
 
     def __init__(
@@ -159,6 +170,8 @@ class Window:
     ) -> None:
         self._clips, self._make, self._steps, self._most, self._kept = clips, make, steps, most, kept
         self._held: dict[int, dict[str, Tensor]] = {}
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._thread = ThreadPoolExecutor(1)
 
     def draw(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One of the chunks that step `step` may see, drawn with a CPU generator."""
@@ -175,6 +188,8 @@ class Window:
         for number in range(oldest, newest + 1):
             remade = self._kept is None or self._kept(number) or number > newest - REMADE
             if number not in self._held and remade:
-                self._held[number] = self._make(number)
-        if self._kept is None or not self._kept(newest + 1):
-            self._clips.ahead(newest + 1)  # rendered while the GPU trains
+                coming = self._coming.pop(number, None)
+                self._held[number] = self._make(number) if coming is None else coming.result()
+        if self._clips.in_background:
+            self._coming[newest + 1] = self._thread.submit(self._make, newest + 1)
+            self._clips.ahead(newest + 2)  # rendered, not yet made into anything

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,18 +24,21 @@ from lowvram_i2v.dit.blocks import Rope
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.rope import rope_table
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
-from lowvram_i2v.sampling.schedule import TIMESTEPS
+from lowvram_i2v.sampling.schedule import TIMESTEPS, flow_sigmas
 from tools.train_demo import text, vae
-from tools.train_demo.batched_vae import picture_latents, plain_way
 from tools.train_demo.batched import Prompts, velocity
-from tools.train_demo.clips import Clips, Window, save
+from tools.train_demo.batched_vae import decode, picture_latents, plain_way
+from tools.train_demo.clips import Chunk, Clips, Window, save
 from tools.train_demo.loop import Losses, Run, Training, autocast, averaged, generators
+from tools.train_demo.sheet import write_sheet
 from tools.train_demo.sizes import GUIDANCE, Recipe
 
 SHIFT = 3.0
+SAMPLED, SAMPLED_SHIFT = 20, 7.0  # steps and shift of the sheet
 DROPPED = 0.1
 AT_ONCE = 16  # clips that are encoded
-ROWS_STEP = 16  # padded prompts come in few lengths, so that a compiled model does too
+ROWS_STEP = 48  # padded prompts come in one length, so that a compiled model does too
+EXAMINED, SHOWN = 16, 2  # held-out clips of each size: judged, on the sheet
 
 
 @dataclass(frozen=True)
@@ -53,35 +57,66 @@ def train(recipe: Recipe, clips: Clips, run: Run, compiled: bool = False) -> Non
     training = Training("flow", start(config), stage, run)
     model = training.model
     assert isinstance(model, HunyuanVideoTransformer)
-    forward = torch.compile(velocity) if compiled else velocity
+    if training.over:
+        return
     encoders, folder = load_encoders(recipe, run), latents_folder(run.work)
     ropes: dict[tuple[int, ...], Rope] = {}
 
-    def make(number: int) -> dict[str, Tensor]:
-        path = folder / f"{number:05d}.pt"
-        if not path.is_file():
-            save(encode(clips, number, encoders, run), path)
-        loaded = torch.load(path, weights_only=True)
-        return {key: value.to(run.device) for key, value in loaded.items()}
+    def kept(number: int) -> Path:
+        return folder / f"{number:05d}.pt"
 
-    window = Window(
-        clips, make, stage.chunk_steps, stage.most_chunks, lambda number: (folder / f"{number:05d}.pt").is_file()
-    )
+    def make(number: int) -> dict[str, Tensor]:
+        if not kept(number).is_file():
+            save(encode(clips.get(number), encoders, run), kept(number))
+        return _on(torch.load(kept(number), weights_only=True), run.device)
+
+    window = Window(clips, make, stage.chunk_steps, stage.most_chunks, lambda number: kept(number).is_file())
+
+    def losses(latents: Tensor, prompts: Prompts, noise: torch.Generator, compiled: bool = False) -> Losses:
+        rope = rope_of(ropes, config, latents)
+        noised, sigmas, wanted = disturb(latents, noise)
+        with autocast(run.device):
+            made = velocity(model, noised, sigmas * TIMESTEPS, prompts, GUIDANCE, rope, compiled)
+        return flow_losses(made, wanted, sigmas)
 
     def losses_of(step: int) -> Losses:
         choices, noise = generators(run, step)
         chunk = window.draw(step, choices)
-        index = torch.randint(len(chunk["latents"]), (stage.batch,), generator=choices).to(run.device)
-        latents = chunk["latents"][index].float()
-        prompts = Prompts(*(chunk[key][index] for key in ("rows", "lengths", "pooled")))
-        prompts = dropped(prompts, encoders.nothing, noise)
-        rope = _rope(ropes, config, tuple(latents.shape[2:]), run.device)
-        noised, sigmas, wanted = disturb(latents, noise)
-        with autocast(run.device):
-            made = forward(model, noised, sigmas * TIMESTEPS, prompts, GUIDANCE, rope)
-        return flow_losses(made, wanted, sigmas)
+        index = torch.randint(len(chunk["latents"]), (stage.batch,), generator=choices)
+        picked = _picked(chunk, on_device(index, run.device))
+        return losses(chunk_latents(picked), dropped(_prompts(picked), encoders.nothing, noise), noise, compiled)
 
-    training.run(losses_of)
+    held_out = clips.held_out(min(EXAMINED, recipe.clips_per_chunk))
+    judged = [_on(encode(chunk, encoders, run), run.device) for chunk in held_out]
+
+    def examine() -> dict[str, float]:
+        noise = torch.Generator(run.device).manual_seed(0)
+        found = [losses(chunk_latents(chunk), _prompts(chunk), noise) for chunk in judged]
+        return {f"held-out {name}": sum(float(one[name]) for one in found) / len(found) for name in found[0]}
+
+    training.run(losses_of, examine)
+    with training.averaged_weights():
+        shown = [_picked(chunk, torch.arange(min(SHOWN, len(chunk["latents"])))) for chunk in judged]
+        made = [sample(model, encoders, chunk_latents(chunk), _prompts(chunk), run) for chunk in shown]
+    originals = [video for chunk in held_out for video in chunk.frames[:SHOWN]]
+    animated = [video.cpu() for videos in made for video in videos]
+    write_sheet([(a.numpy(), b.numpy()) for a, b in zip(originals, animated, strict=True)], run.work / "flow.png")
+
+
+@torch.no_grad()
+def sample(model: HunyuanVideoTransformer, encoders: Encoders, latents: Tensor, prompts: Prompts, run: Run) -> Tensor:
+    """Videos that begin like these latents, uint8 [n, F, H, W, 3]: the Euler loop of inference, for a batch."""
+    rope = rope_of({}, model.config, latents)
+    noise = torch.Generator(run.device).manual_seed(0)
+    x = torch.randn(latents.shape, generator=noise, device=latents.device)
+    sigmas = flow_sigmas(SAMPLED, SAMPLED_SHIFT).tolist()
+    for sigma, following in pairwise(sigmas):
+        x = torch.cat([latents[:, :, :1], x[:, :, 1:]], dim=2)
+        times = torch.full((len(x),), sigma * TIMESTEPS, device=x.device)
+        with autocast(run.device):
+            x = x + (following - sigma) * velocity(model, x, times, prompts, GUIDANCE, rope).float()
+    x = torch.cat([latents[:, :, :1], x[:, :, 1:]], dim=2)
+    return vae.as_bytes(decode(encoders.vae, x / encoders.scaling_factor, plain_way(run.device)))
 
 
 def start(config: TransformerConfig) -> HunyuanVideoTransformer:
@@ -136,12 +171,12 @@ def load_encoders(recipe: Recipe, run: Run) -> Encoders:
 
 
 @torch.no_grad()
-def encode(clips: Clips, number: int, encoders: Encoders, run: Run) -> dict[str, Tensor]:
+def encode(chunk: Chunk, encoders: Encoders, run: Run) -> dict[str, Tensor]:
     """A chunk's scaled latents (half precision, CPU) and its prompts."""
-    chunk = clips.get(number)
     way = plain_way(run.device)
     latents = [
-        picture_latents(encoders.vae, vae.as_floats(few.to(run.device)), way) for few in chunk.frames.split(AT_ONCE)
+        picture_latents(encoders.vae, vae.as_floats(few.to(run.device)), way)
+        for few in torch.split(chunk.frames, AT_ONCE)
     ]
     prompts = encoders.text.encode(chunk.prompts, chunk.frames[:, 0])
     longest = prompts.rows.shape[1]
@@ -165,13 +200,33 @@ def latents_folder(work: Path) -> Path:
     return folder
 
 
-def _rope(
-    ropes: dict[tuple[int, ...], Rope], config: TransformerConfig, shape: tuple[int, ...], device: torch.device
-) -> Rope:
-    """The table for latents [T, h, w], made once."""
+def chunk_latents(chunk: dict[str, Tensor]) -> Tensor:
+    return chunk["latents"].float()
+
+
+def on_device(index: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for what the GPU still has to do."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+
+
+def rope_of(ropes: dict[tuple[int, ...], Rope], config: TransformerConfig, latents: Tensor) -> Rope:
+    """The table for latents [n, 16, T, h, w], made once."""
+    shape = tuple(latents.shape[2:])
     if shape not in ropes:
         time, height, width = (size // patch for size, patch in zip(shape, config.patch_size, strict=True))
         frames = 4 * (time - 1) + 1
         cos, sin = rope_table((time, height, width), config.rope_dims, config.rope_theta, frames)
-        ropes[shape] = cos.to(device), sin.to(device)
+        ropes[shape] = cos.to(latents.device), sin.to(latents.device)
     return ropes[shape]
+
+
+def _prompts(chunk: dict[str, Tensor]) -> Prompts:
+    return Prompts(chunk["rows"], chunk["lengths"], chunk["pooled"])
+
+
+def _picked(chunk: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    return {key: value[index] for key, value in chunk.items()}
+
+
+def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in tensors.items()}

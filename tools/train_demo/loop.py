@@ -1,9 +1,9 @@
 """The training loop that all stages share: optimizer, moving average, learning rate, checkpoints, log.
 
-Invariants: what step s sees depends on the state before it and on (seed, s) alone, never on how many runs it took to get
-there: an interrupted training ends in the same bits on a CPU (a GPU adds up some gradients in any order). The state is
-written whole or not at all, and never with numbers that are not finite. The result of a stage is the moving average of
-its weights. A run ends within its minutes, everything included.
+Invariants: what step s sees depends on the state before it and on (seed, s) alone, never on how many runs it took to
+get there: an interrupted training ends in the same bits on a CPU (a GPU adds up some gradients in any order). The state
+is written whole or not at all, and never with numbers that are not finite. The result of a stage is the moving average
+of its weights. A run ends within its minutes, everything included.
 
 The learning rate follows the stage's progress from 0 to 1: its share of the steps. A run that finishes the stage by the
 clock (`Run.finish`) goes from the progress that it finds to 1 in the time that it has, however many steps that makes.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ PART_BYTES = 12 * 2**20
 LARGEST_NORM = 1.0  # of the gradient
 LOG_SECONDS, SAVE_SECONDS, EXAMINE_SECONDS = 10.0, 45.0, 60.0
 CLOSING = 0.03  # of a run's time, for what comes after its last step
-FALL = 0.3  # of the progress: while the learning rate falls
+FALL = 0.4  # of the progress: while the learning rate falls
 AGAIN = 100  # steps of a new ramp where the optimizer's moments are new
 
 Losses = dict[str, Tensor]
@@ -43,7 +44,8 @@ Losses = dict[str, Tensor]
 @dataclass(frozen=True)
 class Run:
     """What one command does. work: the folder of everything. minutes, stop_at: when to stop, by the clock and by the
-    step. device: where to train. finish: whether the stage ends with this run. begin: when it began."""
+    step. device: where to train. finish: whether the stage ends with this run. rewind: the progress to go back to at
+    most, for a stage that is to be trained longer than was thought. begin: when it began."""
 
     work: Path
     seed: int
@@ -51,6 +53,7 @@ class Run:
     device: torch.device
     stop_at: int | None = None
     finish: bool = False
+    rewind: float = 1.0
     begin: float = field(default_factory=time.monotonic)
 
     @property
@@ -71,8 +74,8 @@ class Training:
         self.name, self.stage, self.run_ = name, stage, run
         run.work.mkdir(parents=True, exist_ok=True)
         self.model = model.to(run.device).train()
-        self.step, self.progress = 0, 0.0
-        self.weights = list(self.model.parameters())
+        self.step, self.progress, self.by_clock = 0, 0.0, run.finish
+        self.weights: list[Tensor] = list(self.model.parameters())
         self.ema = {key: value.detach().clone() for key, value in self.model.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.weights,
@@ -88,6 +91,12 @@ class Training:
     def done(self) -> bool:
         return self.progress >= 1
 
+    @property
+    def over(self) -> bool:
+        """Whether this run has no more steps to do."""
+        stop = self.run_.stop_at is not None and self.step >= self.run_.stop_at
+        return self.done or stop or self.run_.seconds >= self.run_.last_step
+
     def run(self, losses_of: Callable[[int], Losses], examine: Callable[[], dict[str, float]] | None = None) -> None:
         """Steps until the stage is done or the time is up; then everything is on disk.
 
@@ -97,7 +106,7 @@ class Training:
         begin, found, start = self.run_.seconds, self.progress, self.step
         logged = saved = examined = begin
         losses: Losses = {}
-        while not self.done and self.step != self.run_.stop_at and self.run_.seconds < self.run_.last_step:
+        while not self.over:
             losses = losses_of(self.step)
             self._update(losses["loss"])
             now = self.run_.seconds
@@ -123,7 +132,7 @@ class Training:
     def _progressed(self, found: float, begin: float, now: float) -> float:
         """The share of the stage behind us."""
         if not self.run_.finish:
-            return max(found, self.step / self.stage.steps)
+            return self.step / self.stage.steps if not self.by_clock else found
         return found + (1 - found) * min(1.0, (now - begin) / max(1e-9, self.run_.last_step - begin))
 
     def _update(self, loss: Tensor) -> None:
@@ -175,30 +184,39 @@ class Training:
         """The whole state. Raises SystemExit, and keeps the last state, if it is not finite."""
         if not all(bool(torch.isfinite(value).all()) for value in self.ema.values()):
             raise SystemExit(f"{self.name}: weights that are no numbers at step {self.step}; the last state is kept")
-        state = {"step": self.step, "progress": self.progress, "model": self.model.state_dict(), "ema": self.ema}
-        save(state | {"optimizer": self.optimizer.state_dict()}, self._path())
+        state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        save(self._place() | state, self._path())
 
     def _save_parts(self) -> None:
         for number, part in enumerate(parts({key: value.half().cpu() for key, value in self.ema.items()})):
-            save({"step": self.step, "progress": self.progress, "ema": part}, self._path(f".part-{number}"))
+            save(self._place() | {"ema": part}, self._path(f".part-{number}"))
+
+    def _place(self) -> dict[str, float]:
+        return {"step": self.step, "progress": self.progress, "by_clock": self.by_clock}
 
     def _resume(self) -> None:
         if self._path().is_file():
             state = torch.load(self._path(), map_location=self.run_.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.ema, self.step, self.progress = state["ema"], state["step"], state["progress"]
+            self.ema = state["ema"]
+            self._go_on(state)
             self._forget_later_lines()
         elif pieces := sorted(self.run_.work.glob(f"{self.name}.part-*.pt")):
             loaded = [torch.load(path, map_location=self.run_.device, weights_only=True) for path in pieces]
             self.ema = {key: value.float() for part in loaded for key, value in part["ema"].items()}
             self.model.load_state_dict(self.ema, strict=False)
-            self.step, self.progress = loaded[0]["step"], loaded[0]["progress"]
+            self._go_on(loaded[0])
             self._ramp_from = self.step
-        if self.progress < 1 and not self.run_.finish:
-            self.progress = self.step / self.stage.steps
         if self.step:
-            print(f"{self.name}: goes on at step {self.step}", flush=True)
+            print(f"{self.name}: goes on at step {self.step}, {100 * self.progress:.0f} % of the stage", flush=True)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Where progress was counted in steps, it is again, with what the recipe now says."""
+        self.step = state["step"]
+        progress = state["progress"] if state["by_clock"] else self.step / self.stage.steps
+        self.progress = min(progress, self.run_.rewind)
+        self.by_clock |= state["by_clock"]
 
     def _forget_later_lines(self) -> None:
         """Lines of the log that a killed run wrote after its last checkpoint."""

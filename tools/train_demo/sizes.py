@@ -26,9 +26,9 @@ GUIDANCE = 6.0
 class Stage:
     """How one stage trains.
 
-    steps: optimizer steps in all; the learning rate rises over `warmup`, stays, and falls to nothing over the last
-    quarter. batch: clips a step. decay: of the moving average that is kept as the result. chunk_steps: optimizer steps
-    until the next chunk of clips joins. most_chunks: the newest so many are drawn from.
+    steps: optimizer steps in all; the learning rate rises over `warmup`, stays, and falls to nothing at the end.
+    batch: clips a step. decay: of the moving average that is kept as the result. chunk_steps: optimizer steps until the
+    next chunk of clips joins. most_chunks: the newest so many are drawn from.
     """
 
     steps: int
@@ -96,10 +96,21 @@ DEMO = Recipe(
     DEMO_SIZE,
     clip_sizes=((128, 128), (192, 128), (128, 128), (128, 192)),
     clips_per_chunk=256,
-    vae=Stage(12_000, batch=4, learning_rate=5e-4, warmup=200, decay=0.999, chunk_steps=200, most_chunks=8),
-    text=Stage(2_000, batch=128, learning_rate=1e-3, warmup=100, decay=0.99, chunk_steps=500, most_chunks=8),
-    flow=Stage(40_000, batch=64, learning_rate=5e-4, warmup=1000, decay=0.9995, chunk_steps=400, most_chunks=400),
+    vae=Stage(16_000, batch=8, learning_rate=6e-4, warmup=400, decay=0.998, chunk_steps=150, most_chunks=8),
+    text=Stage(2_000, batch=128, learning_rate=1e-3, warmup=100, decay=0.99, chunk_steps=40, most_chunks=40),
+    flow=Stage(40_000, batch=64, learning_rate=6e-4, warmup=1000, decay=0.9995, chunk_steps=80, most_chunks=500),
 )
+
+
+SMOKE = Recipe(
+    DEMO_SIZE,
+    clip_sizes=((64, 64),),
+    clips_per_chunk=2,
+    vae=Stage(2, batch=1, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
+    text=Stage(3, batch=2, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
+    flow=Stage(3, batch=2, learning_rate=5e-4, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
+)
+"""The same model on two small clips, to see that everything runs."""
 
 
 def with_vocabulary(size: Size, llava: int, clip: int) -> Size:

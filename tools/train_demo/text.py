@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lowvram_i2v.text.encode import vision_pixels
 from lowvram_i2v.text.llava import build_llava, image_rows, llava_tensor_name
 from lowvram_i2v.text.tokenizers import ClipTokenizer, LlavaTokenizer
 from lowvram_i2v.variant import VARIANTS
-from tools.train_demo.clips import Clips, Window
+from tools.train_demo.clips import Chunk, Clips, Window
 from tools.train_demo.loop import Losses, Run, Training, averaged, generators
 from tools.train_demo.sizes import Recipe, with_vocabulary
 from tools.train_demo.vocabulary import write_clip_tokenizer, write_llava_tokenizer
@@ -40,6 +41,7 @@ VARIANT = VARIANTS["token_replace"]
 LLAVA_FOLDER, CLIP_FOLDER = "text_encoder_i2v", "text_encoder_2"  # in the work folder as in the released tree
 SMALL = 8  # pixels a side of the picture that the rows must know
 PICTURE = 5.0  # weight of that loss
+EXAMINED = 32  # held-out prompts of each size
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class TextEncoders(nn.Module):
         self.llava, self.clip = build_llava(self.llava_config), build_clip(self.clip_config)
         self.llava_tokenizer = LlavaTokenizer(work / LLAVA_FOLDER)
         self.clip_tokenizer = ClipTokenizer(work / CLIP_FOLDER)
+        self._llava_ids, self._clip_ids = cache(self.llava_tokenizer.encode), cache(self.clip_tokenizer.encode)
 
     def start(self, seed: int) -> None:
         """Random weights, as of a synthetic checkpoint."""
@@ -73,7 +76,7 @@ class TextEncoders(nn.Module):
     def rows(self, prompts: Sequence[str], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As `text.encode.prompt_rows`, for many. pixels: [n, 3, side, side] -> [n, longest, text_dim], lengths."""
         count, tokenizer = image_rows(self.llava.config), self.llava_tokenizer
-        encoded = [tokenizer.encode(prompt) for prompt in prompts]
+        encoded = [self._llava_ids(prompt) for prompt in prompts]
         first = encoded[0].image_index
         ids = [[*one.ids[:first], *[tokenizer.image_id] * count, *one.ids[first + 1 :]] for one in encoded]
         pictures = range(first, first + count, VARIANT.image_row_stride)
@@ -89,7 +92,7 @@ class TextEncoders(nn.Module):
 
     def pooled(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """As `text.encode.pooled_vector`, for many -> [n, pooled_dim]."""
-        ids = [self.clip_tokenizer.encode(prompt)[0] for prompt in prompts]
+        ids = [self._clip_ids(prompt)[0] for prompt in prompts]
         states = self.clip(input_ids=_padded(ids, device)).last_hidden_state
         last = torch.tensor([len(one) - 1 for one in ids], device=device)
         return states[torch.arange(len(ids), device=device), last]  # type: ignore[no-any-return]
@@ -167,11 +170,18 @@ def train(recipe: Recipe, counts: Sequence[int], clips: Clips, run: Run) -> None
         chunk = clips.get(number)
         prompts[number] = chunk.prompts
         pictures = chunk.frames[:, 0]
-        small = F.interpolate(pictures.permute(0, 3, 1, 2).float() / 255, size=(SMALL, SMALL), mode="area")
-        made = {"number": torch.tensor(number), "pixels": encoders.pixels(pictures), "small": small}
+        made = {"number": torch.tensor(number), "pixels": encoders.pixels(pictures), "small": _small(pictures)}
         return {key: value.to(run.device) for key, value in (made | {"labels": chunk.labels}).items()}
 
     window = Window(clips, make, stage.chunk_steps, stage.most_chunks)
+    if training.over:
+        return
+    held_out = [_examined(chunk, encoders, run) for chunk in clips.held_out(min(EXAMINED, recipe.clips_per_chunk))]
+
+    def examine() -> dict[str, float]:
+        found = [model.losses(*one) for one in held_out]
+        names = ("row", "pooled", "picture")
+        return {f"held-out {name}": sum(float(one[name]) for one in found) / len(found) for name in names}
 
     def losses_of(step: int) -> Losses:
         choices, _ = generators(run, step)
@@ -181,7 +191,20 @@ def train(recipe: Recipe, counts: Sequence[int], clips: Clips, run: Run) -> None
         index = index.to(run.device)
         return model.losses(words, chunk["pixels"][index], chunk["small"][index], chunk["labels"][index])
 
-    training.run(losses_of)
+    training.run(losses_of, examine)
+
+
+def _small(pictures: Tensor) -> Tensor:
+    """uint8 [n, H, W, 3] -> [n, 3, SMALL, SMALL] in 0..1."""
+    return F.interpolate(pictures.permute(0, 3, 1, 2).float() / 255, size=(SMALL, SMALL), mode="area")
+
+
+def _examined(chunk: Chunk, encoders: TextEncoders, run: Run) -> tuple[list[str], Tensor, Tensor, Tensor]:
+    """What `WithHeads.losses` takes."""
+    pictures = chunk.frames[:, 0]
+    tensors = (encoders.pixels(pictures), _small(pictures), chunk.labels)
+    pixels, small, labels = (value.to(run.device) for value in tensors)
+    return chunk.prompts, pixels, small, labels
 
 
 def load(run: Run) -> TextEncoders:

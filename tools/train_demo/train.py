@@ -1,24 +1,30 @@
 """Trains the demo model from nothing: `python -m tools.train_demo.train STAGE --work DIR --minutes 9 --seed 0`.
 
 Stages, in this order: vae, text, flow, export. Each goes on where it stopped, so a stage may be run in as many pieces
-as one likes; a finished one returns at once. `--steps` sets the length of a stage (and with it where the learning rate
-falls): it must be the same in all pieces but may be raised before the last quarter begins.
+as one likes; a finished one returns at once. The learning rate falls at the end of a stage. Where that is, is either
+said in steps (`--steps`, by default the recipe's, which must be the same in all pieces until the fall begins) or by the
+clock: a run with `--finish` ends the stage within its minutes. `--rewind 0.3` takes a stage that has got further back
+to 30 % of its schedule, with its weights: a second time at the full learning rate.
 
 One GPU, or the CPU for those who can wait. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-from dataclasses import replace
-from pathlib import Path
+import time
 
-import torch
+BEGIN = time.monotonic()  # before torch is imported: minutes are the command's
 
-from tools.train_demo.clips import Clips, demo_clip, held_out_clip
-from tools.train_demo.loop import Run
-from tools.train_demo.sizes import DEMO, SCHEME, Recipe
+import argparse  # noqa: E402
+import os  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from tools.train_demo.clips import Clips, demo_clip, held_out_clip, small_clip  # noqa: E402
+from tools.train_demo.loop import Run  # noqa: E402
+from tools.train_demo.sizes import DEMO, SCHEME, SMOKE, Recipe  # noqa: E402
 
 STAGES = ("vae", "text", "flow", "export")
 VOCABULARY_SCENES = 4000  # enough for every word of the grammar
@@ -30,26 +36,33 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="the folder of checkpoints, logs and results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop after that long (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="end within that long (default: 9)")
+    parser.add_argument("--finish", action="store_true", help="finish the stage within these minutes")
+    parser.add_argument("--rewind", type=float, default=1.0, metavar="SHARE", help="go back to that share of the stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimizer steps of the stage (default: the recipe's)")
     parser.add_argument("--stop-at", type=int, help="stop at that step, whatever the time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=min(14, max(1, (os.cpu_count() or 2) - 1)))
+    parser.add_argument("--workers", type=int, default=min(12, max(1, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the transformer")
     parser.add_argument("--scheme", default=SCHEME, help="of export (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps on two clips, to see that everything runs")
     given = parser.parse_args(arguments)
 
     torch.set_float32_matmul_precision("high")
     given.work.mkdir(parents=True, exist_ok=True)
-    recipe = with_steps(DEMO, given.stage, given.steps)
-    run = Run(given.work, given.seed, given.minutes, torch.device(given.device), given.stop_at)
+    recipe = SMOKE if given.smoke else with_steps(DEMO, given.stage, given.steps)
+    device = torch.device(given.device)
+    begin = BEGIN if arguments is None else time.monotonic()
+    run = Run(given.work, given.seed, given.minutes, device, given.stop_at, given.finish, given.rewind, begin)
     if given.stage == "export":
         from tools.train_demo.export import export
 
         export(recipe, run, given.scheme)
         return
-    with Clips(demo_clip, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, given.workers, held_out_clip) as clips:
+    sources = (0, small_clip) if given.smoke else (given.workers, held_out_clip)
+    source = small_clip if given.smoke else demo_clip
+    with Clips(source, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, *sources) as clips:
         train(given.stage, recipe, clips, run, given.compile)
 
 

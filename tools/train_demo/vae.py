@@ -1,7 +1,10 @@
-"""Stage 1, the video VAE: mean absolute error, sharpness of edges, a little KL.
+"""Stage 1, the video VAE: absolute and squared error, sharpness of edges, a little KL.
 
 The loss has no perceptual network and no adversary: nothing is downloaded, and the drawn world has few textures to
 hallucinate. `sharpness` compares neighbour differences, which a blurred edge misses by much and a mean error by little.
+Strong colours count more: they are the objects', which are small, and a model that has seen little paints them wrong.
+
+At first the clips are short pieces of pictures, many at a time; the last steps see them as they are.
 
 Group norm makes a picture's latent differ from the first latent of its video, and the sampler puts the picture's there.
 So half of the steps decode the picture's latent followed by the video's others: the decoder learns both.
@@ -30,8 +33,11 @@ from tools.train_demo.loop import Losses, Run, Training, averaged, generators
 from tools.train_demo.sheet import write_sheet
 from tools.train_demo.sizes import Recipe, Stage
 
-SHARPNESS, SQUARED, KL = 0.5, 1.0, 1e-4
-SHORT = 17  # frames of the clips of three steps in four
+SHARPNESS, SQUARED, KL = 0.2, 3.0, 1e-4
+COLOURED = 2.0  # how much more a pixel of full colour counts than a grey one
+PIECES = 0.6  # of the stage: its steps see pieces
+PIECE = 96  # rows and columns of a piece
+SHORTEST, SHORT = 5, 17  # frames
 MEASURED = 16  # clips of the scaling factor
 EXAMINED, SHOWN = 8, 2  # held-out clips of each size: judged, on the sheet
 AT_ONCE = 8  # clips of a pass without gradients
@@ -66,15 +72,15 @@ def train(recipe: Recipe, clips: Clips, run: Run) -> None:
     training = Training("vae", Vae(recipe.size.vae), stage, run)
     model = training.model
     assert isinstance(model, Vae)
-    if not training.done:
+    if not training.over:
         window = Window(clips, lambda number: _frames(clips, number, run), stage.chunk_steps, stage.most_chunks)
-        held_out = [chunk.frames.to(run.device) for chunk in clips.held_out(EXAMINED)]
+        held_out = [chunk.frames.to(run.device) for chunk in clips.held_out(min(EXAMINED, recipe.clips_per_chunk))]
         way = _fastest(training, window, run)
 
         def losses_of(step: int) -> Losses:
             choices, noise = generators(run, step)
             frames = window.draw(step, choices)["frames"]
-            return step_losses(model, _batch(frames, stage, choices), choices, noise, way)
+            return step_losses(model, _batch(frames, stage, training.progress, choices), choices, noise, way)
 
         training.run(losses_of, lambda: {"held-out dB": round_trip(model, held_out, way)})
     measure(recipe, clips, run)
@@ -90,10 +96,17 @@ def step_losses(
     if bool(torch.rand((), generator=choices) < 0.5):
         latents = torch.cat([batched_vae.encode(model, wanted[:, :, :1], way)[0], latents[:, :, 1:]], dim=2)
     made = batched_vae.decode(model, latents, way)
-    absolute, squared = F.l1_loss(made, wanted), F.mse_loss(made, wanted)
+    error, weight = made - wanted, 1 + COLOURED * (wanted.amax(1) - wanted.amin(1))[:, None] / 2
+    absolute, squared = (weight * error.abs()).mean(), (weight * error.square()).mean()
     edges, kl = sharpness(made, wanted), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     total = absolute + SQUARED * squared + SHARPNESS * edges + KL * kl
-    return {"loss": total, "l1": absolute, "edges": edges, "kl": kl, "dB": -10 * torch.log10(squared.detach() / 4)}
+    return {
+        "loss": total,
+        "l1": absolute,
+        "edges": edges,
+        "kl": kl,
+        "dB": -10 * torch.log10(error.detach().square().mean() / 4),
+    }
 
 
 def sharpness(made: Tensor, wanted: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def _round_trips(model: Vae, held_out: list[Tensor], way: Way) -> list[tuple[Ten
     """(videos, what became of them), each uint8."""
     made = []
     for videos in held_out:
-        for few in videos.split(AT_ONCE):
+        for few in torch.split(videos, AT_ONCE):
             latents = batched_vae.picture_latents(model, as_floats(few), way)
             made.append((few, as_bytes(batched_vae.decode(model, latents, way))))
     return made
@@ -139,11 +152,13 @@ def measure(recipe: Recipe, clips: Clips, run: Run) -> None:
     """Writes vae.json and vae.png, in float32."""
     model, way = load(recipe.size.vae, run), Way(torch.float32)
     frames = clips.get(0).frames[:MEASURED].to(run.device)
-    latents = torch.cat([batched_vae.picture_latents(model, as_floats(few), way) for few in frames.split(AT_ONCE)])
+    latents = torch.cat(
+        [batched_vae.picture_latents(model, as_floats(few), way) for few in torch.split(frames, AT_ONCE)]
+    )
     config = replace(recipe.size.vae, scaling_factor=round(1 / float(latents.std()), 6))
     (run.work / "vae.json").write_text(json.dumps(config.to_official(), indent=1))
     print(f"vae: scaling factor {config.scaling_factor}", flush=True)
-    shown = [chunk.frames.to(run.device) for chunk in clips.held_out(SHOWN)]
+    shown = [chunk.frames.to(run.device) for chunk in clips.held_out(min(SHOWN, recipe.clips_per_chunk))]
     pairs = [pair for videos, made in _round_trips(model, shown, way) for pair in zip(videos, made, strict=True)]
     write_sheet([(video.cpu().numpy(), made.cpu().numpy()) for video, made in pairs], run.work / "vae.png")
 
@@ -165,7 +180,7 @@ def _fastest(training: Training, window: Window, run: Run) -> Way:
     model, stage = training.model, training.stage
     assert isinstance(model, Vae)
     choices, noise = generators(run, training.step)
-    videos = window.draw(training.step, choices)["frames"][: stage.batch, :SHORT]
+    videos = window.draw(training.step, choices)["frames"][: stage.batch, :SHORT, :PIECE, :PIECE]
 
     def step(way: Way) -> None:
         loss = step_losses(model, videos, torch.Generator().manual_seed(0), noise, way)["loss"]
@@ -179,12 +194,19 @@ def _frames(clips: Clips, number: int, run: Run) -> dict[str, Tensor]:
     return {"frames": clips.get(number).frames.to(run.device)}
 
 
-def _batch(frames: Tensor, stage: Stage, choices: torch.Generator) -> Tensor:
-    """Some clips: three steps in four a short piece of each, else half as many whole ones."""
-    long = bool(torch.rand((), generator=choices) < 0.25)
-    count = max(1, stage.batch // 2) if long else stage.batch
-    picked = frames[torch.randint(len(frames), (count,), generator=choices).to(frames.device)]
-    if long or picked.shape[1] <= SHORT:
-        return picked
-    start = int(torch.randint(picked.shape[1] - SHORT + 1, (), generator=choices))
-    return picked[:, start : start + SHORT]
+def _batch(frames: Tensor, stage: Stage, progress: float, choices: torch.Generator) -> Tensor:
+    """Some clips: at first twice as many shortest or as many short pieces; later short ones, or half as many whole."""
+    pieces, first = progress < PIECES, bool(torch.rand((), generator=choices) < (0.5 if progress < PIECES else 0.25))
+    count = max(1, int(stage.batch * (2 if pieces else 0.5))) if first else stage.batch
+    length = min(frames.shape[1], (SHORTEST if pieces else frames.shape[1]) if first else SHORT)
+    sides = [min(side, PIECE) if pieces else side for side in frames.shape[2:4]]
+    starts = [_place(whole, part, choices) for whole, part in zip(frames.shape[1:4], (length, *sides), strict=True)]
+    chosen = torch.randint(len(frames), (count,), generator=choices).tolist()
+    picked = torch.stack([frames[number] for number in chosen])  # without waiting for the GPU
+    for axis, (start, part) in enumerate(zip(starts, (length, *sides), strict=True), start=1):
+        picked = picked.narrow(axis, start, part)
+    return picked
+
+
+def _place(whole: int, part: int, choices: torch.Generator) -> int:
+    return int(torch.randint(whole - part + 1, (), generator=choices))
