@@ -1,12 +1,15 @@
 """Group norm of a tensor that is never whole: moments gathered chunk by chunk, applied chunk by chunk.
 
-The decoder's tensors are [frames, rows, columns, channels] chunks of something much larger. Two ops touch every value:
+The decoder's tensors are [frames, rows, columns, channels] chunks of something much larger. These ops touch all values:
 
 - `normalize_into`: x * scale + shift, SiLU, cast, written with its replicated border to where a convolution reads it;
-- `add_and_measure`: a convolution's bias and residual added in place, and the moments of the sum.
+- `add_and_measure`: a convolution's bias and residual added in place, and the moments of the sum;
+- `measure`: the moments of a convolution's result and its bias, where the bias need not be added;
+- `interleave`: an upsampler's phases brought in order, with its bias, and the moments of that.
 
 Between them, `Moments` turns what was measured into the next scale and shift. Moments are float32 in a chunk and merged
-in float64 (Chan's formula), so that 5e8 values lose nothing to cancellation. Nothing here waits for the device.
+in float64 (Chan's formula), so that 5e8 values lose nothing to cancellation. Each chunk's are merged at once: kept, the
+parts of some chunks took 0.3 GiB. Nothing here waits for the device.
 
 These are the plain-torch definitions and the oracle of `group_norm_triton`, which takes over on CUDA where Triton is
 installed.
@@ -17,58 +20,63 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MERGED = 32  # chunks whose parts are merged together
-
 Affine = tuple[Tensor, Tensor]
 """Scale and shift of each channel, float32 [channels]."""
+
+
+class Phases(NamedTuple):
+    """How an upsampler's phases [T, I, W + 1, time * 2 * 2 * D] become [time T - dropped, R, 2 W, D].
+
+    Row i of the phases is made of the input's rows `top` + i and the next, column j of columns j - 1 and j; the
+    result's first row is row `first` of the picture. dropped: frames at the start that are no part of it.
+    """
+
+    time: int
+    first: int
+    top: int
+    dropped: int
 
 
 class Moments:
     """Mean and variance of each group of channels, over all chunks added so far.
 
-    Parts are collected and merged some at a time: merging is many small operations.
+    state: float64 [3, groups], how many values there were, their mean, the sum of their squared distances from it.
     """
 
     def __init__(self, groups: int, device: torch.device) -> None:
-        self._count = 0
-        self._mean = torch.zeros(groups, dtype=torch.float64, device=device)
-        self._squares = torch.zeros(groups, dtype=torch.float64, device=device)
-        self._positions = 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.state = torch.zeros(3, groups, dtype=torch.float64, device=device)
 
-    def add(self, positions: int, counts: Tensor, means: Tensor, squares: Tensor) -> None:
-        """Parts of `positions` positions: counts [parts], and [parts, channels] means and sums of squared distances."""
-        self._positions += positions
-        self._parts.append((counts, means, squares))
-        if len(self._parts) >= MERGED:
-            self._merge()
-
-    def _merge(self) -> None:
-        if not self._parts:
+    def add(self, counts: Tensor, means: Tensor, squares: Tensor) -> None:
+        """Parts: counts [parts], and [parts, channels] means and sums of squared distances."""
+        triton = _triton(means)
+        if triton is not None:
+            triton.merge(self.state, counts, means, squares)
             return
-        counts, means, squares = (torch.cat(column).double() for column in zip(*self._parts, strict=True))
-        groups, weight = len(self._mean), counts[:, None, None]
-        by_group = means.view(len(means), groups, -1)
-        added = self._positions * by_group.shape[2]
+        by_group = means.double().view(len(means), self.state.shape[1], -1)
+        weight = counts.double()[:, None, None]
+        added = counts.double().sum() * by_group.shape[2]
         mean = (by_group * weight).sum((0, 2)) / added
-        spread = (by_group - mean[:, None]).square_().mul_(weight).sum((0, 2))
-        spread += squares.view_as(by_group).sum((0, 2))
-        total, step = self._count + added, mean - self._mean
-        self._squares += spread + step.square() * (self._count * added / total)
-        self._mean += step * (added / total)
-        self._count, self._positions, self._parts = total, 0, []
+        spread = ((by_group - mean[:, None]).square() * weight).sum((0, 2)) + squares.double().view_as(by_group).sum(
+            (0, 2)
+        )
+        count, before, distances = self.state
+        step, total = mean - before, count + added
+        distances += spread + step.square() * (count * added / total)
+        before += step * (added / total)
+        count += added
 
     def affine(self, weight: Tensor, bias: Tensor, eps: float) -> Affine:
         """The norm with these moments as a scale and a shift of each channel."""
-        self._merge()
-        size = len(weight) // len(self._mean)
-        scale = weight.double() * (self._squares / self._count + eps).rsqrt().repeat_interleave(size)
-        shift = bias.double() - self._mean.repeat_interleave(size) * scale
+        count, mean, squares = self.state
+        size = len(weight) // len(mean)
+        scale = weight.double() * (squares / count + eps).rsqrt().repeat_interleave(size)
+        shift = bias.double() - mean.repeat_interleave(size) * scale
         return scale.to(wide(weight.dtype)), shift.to(wide(weight.dtype))
 
 
@@ -115,22 +123,61 @@ def add_and_measure(
     if residual is not None:
         x += residual
     x += bias
-    if moments is None:
+    if moments is not None:
+        _add_moments(moments, x[:, rows], torch.zeros_like(bias))
+
+
+def measure(x: Tensor, bias: Tensor, moments: Moments, rows: slice = slice(None)) -> None:
+    """The moments of x[:, rows] + bias join `moments`; x stays as it is."""
+    triton = _triton(x)
+    if triton is not None:
+        triton.add_and_measure(x, bias, None, moments, rows, store=False)
         return
-    frames = [frame.flatten(0, 1).to(wide(x.dtype)) for frame in x[:, rows]]
+    _add_moments(moments, x[:, rows], bias)
+
+
+def interleave(
+    out: Tensor, phases: Tensor, spread: Phases, bias: Tensor, moments: Moments | None, rows: slice = slice(None)
+) -> None:
+    """Writes the phases in order and with their bias; then the moments of out[:, rows] join `moments`."""
+    triton = _triton(out)
+    if triton is not None:
+        triton.interleave(out, phases, spread, bias, moments, rows)
+        return
+    frames, high, width, channels = out.shape
+    by_phase = phases.view(*phases.shape[:3], spread.time, 2, 2, channels)
+    for time in range(spread.time):
+        first = (time - spread.dropped) % spread.time
+        source = (first + spread.dropped) // spread.time
+        count = len(range(first, frames, spread.time))
+        for odd in range(4):
+            row, column = (spread.first + odd // 2) % 2, odd % 2  # the first of this phase in `out`
+            pair = (spread.first + row - 1) // 2 - spread.top
+            part = by_phase[source : source + count, pair:, column:, time, odd // 2, odd % 2]
+            out[first :: spread.time, row::2, column::2] = part[:, : len(range(row, high, 2)), : width // 2]
+    add_and_measure(out, bias, None, moments, rows)
+
+
+def _add_moments(moments: Moments, x: Tensor, bias: Tensor) -> None:
+    frames = [frame.flatten(0, 1).to(wide(x.dtype)) + bias for frame in x]
     spread = [torch.var_mean(frame, 0, correction=0) for frame in frames]
     means, squares = torch.stack([mean for _, mean in spread]), torch.stack([variance for variance, _ in spread])
     size = len(frames[0])
-    moments.add(size * len(frames), means.new_full((len(frames),), size), means, squares * size)
+    moments.add(means.new_full((len(frames),), size), means, squares * size)
 
 
-def _triton(x: Tensor) -> ModuleType | None:
-    return _triton_module() if x.is_cuda else None
+def has_triton(x: Tensor) -> bool:
+    """Whether a kernel takes over."""
+    return x.is_cuda and _installed()
 
 
 @cache
-def _triton_module() -> ModuleType | None:
-    if find_spec("triton") is None:
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton(x: Tensor) -> ModuleType | None:
+    if not has_triton(x):
         return None
     from lowvram_i2v.kernels import group_norm_triton
 

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_i2v.kernels.group_norm import Affine, Moments
+from lowvram_i2v.kernels.group_norm import Affine, Moments, Phases
 
 TILE = 8192  # values that a program holds at a time
+MEASURED_TILE = 4096  # fewer where sums are made: more programs fit on a processor
 WARPS = 8
-PARTS = 512  # programs that measure, at least where there is enough to measure
+PARTS = 1024  # programs that measure, at least where there is enough to measure
 
 
 def normalize_into(out: Tensor, x: Tensor, affine: Affine | None, above: int, below: int) -> None:
@@ -72,23 +73,47 @@ def _normalize_into(
     tl.store(target + place[:, None] * channels + channel[None, :], values, mask=mask)
 
 
-def add_and_measure(x: Tensor, bias: Tensor, residual: Tensor | None, moments: Moments | None, rows: slice) -> None:
-    """As `group_norm.add_and_measure`."""
+def add_and_measure(
+    x: Tensor, bias: Tensor, residual: Tensor | None, moments: Moments | None, rows: slice, store: bool = True
+) -> None:
+    """As `group_norm.add_and_measure`; without `store` as `group_norm.measure`."""
+    width, channels = x.shape[2:]
+    assert residual is None or residual.stride()[1:] == (width * channels, channels, 1)
+    _launch(x, x, bias, residual, moments, rows, None, store)
+
+
+def interleave(out: Tensor, phases: Tensor, spread: Phases, bias: Tensor, moments: Moments | None, rows: slice) -> None:
+    """As `group_norm.interleave`."""
+    assert phases.is_contiguous()
+    _launch(out, phases, bias, None, moments, rows, spread, True)
+
+
+def _launch(
+    x: Tensor,
+    source: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    moments: Moments | None,
+    rows: slice,
+    spread: Phases | None,
+    store: bool,
+) -> None:
     frames, height, width, channels = x.shape
     assert x.is_contiguous()
-    assert residual is None or residual.stride()[1:] == (width * channels, channels, 1)
     first, last, _ = rows.indices(height)
     line = height * width
     block = triton.next_power_of_2(channels)
-    positions = max(1, TILE // block)
+    positions = max(1, MEASURED_TILE // block)
     total = frames * line
     repeats = max(1, total // (positions * PARTS))
     parts = triton.cdiv(total, positions * repeats)
     measured = (1, channels) if moments is None else (parts, channels)
     counts = torch.empty(measured[0], dtype=torch.float32, device=x.device)
     means, squares = (torch.empty(measured, dtype=torch.float32, device=x.device) for _ in range(2))
+    time, top, pair, dropped = spread or (1, 0, 0, 0)
     _add_and_measure[(parts,)](
         x,
+        source,
         bias,
         x if residual is None else residual,
         counts,
@@ -96,27 +121,37 @@ def add_and_measure(x: Tensor, bias: Tensor, residual: Tensor | None, moments: M
         squares,
         total,
         line,
+        width,
         channels,
         first * width,
         last * width,
         line * channels if residual is None else residual.stride(0),
         repeats,
+        top,
+        pair,
+        dropped,
+        source.shape[1],
+        TIME=time,
+        PHASES=spread is not None,
         RESIDUAL=residual is not None,
         MEASURED=moments is not None,
+        STORED=store,
         POSITIONS=positions,
         CHANNELS=block,
         num_warps=WARPS,
     )
     if moments is not None:
-        moments.add(frames * (last - first) * width, counts, means, squares)
+        moments.add(counts, means, squares)
 
 
 @triton.jit
 def _add_and_measure(
-    x, bias, residual, counts, means, squares, total, line, channels, first, last, residual_frame, repeats,
-    RESIDUAL: tl.constexpr, MEASURED: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, source, bias, residual, counts, means, squares, total, line, width, channels, first, last, residual_frame,
+    repeats, top, pair, dropped, phase_rows,
+    TIME: tl.constexpr, PHASES: tl.constexpr, RESIDUAL: tl.constexpr, MEASURED: tl.constexpr, STORED: tl.constexpr,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x has `total` positions, `line` a frame, of which [first, last) are measured."""
+    """x has `total` positions, `line` a frame, `width` a row; of a frame, [first, last) are measured."""
     part = tl.program_id(0)
     channel = tl.arange(0, CHANNELS)
     inside = channel < channels
@@ -128,19 +163,29 @@ def _add_and_measure(
         place = (part * repeats + repeat) * POSITIONS + tl.arange(0, POSITIONS)
         mask = (place < total)[:, None] & inside[None, :]
         offsets = place.to(tl.int64)[:, None] * channels + channel[None, :]
-        values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         frame, within = place // line, place % line
+        if PHASES:
+            row, column = top + within // width, within % width
+            before = ((frame + dropped) // TIME * phase_rows + (row + 1) // 2 - 1 - pair).to(tl.int64)
+            phase = ((frame + dropped) % TIME * 2 + row % 2) * 2 + column % 2
+            read = (before * (width // 2 + 1) + (column + 1) // 2) * (TIME * 4) + phase
+            values = tl.load(source + read[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            values = tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
         if RESIDUAL:
             beside = frame.to(tl.int64)[:, None] * residual_frame + within.to(tl.int64)[:, None] * channels
             values += tl.load(residual + beside + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        stored = (values + b[None, :]).to(x.dtype.element_ty)
-        tl.store(x + offsets, stored, mask=mask)
+        values += b[None, :]
+        if STORED:
+            values = values.to(x.dtype.element_ty)
+            tl.store(x + offsets, values, mask=mask)
+            values = values.to(tl.float32)
         if MEASURED:
             core = (place < total) & (within >= first) & (within < last)
             count = tl.sum(core.to(tl.float32))
-            kept = tl.where(core[:, None], stored.to(tl.float32), 0.0)
+            kept = tl.where(core[:, None], values, 0.0)
             here = tl.sum(kept, 0) / tl.maximum(count, 1.0)
-            away = tl.where(core[:, None], stored.to(tl.float32) - here[None, :], 0.0)
+            away = tl.where(core[:, None], values - here[None, :], 0.0)
             step = here - mean
             both = tl.maximum(seen + count, 1.0)
             square += tl.sum(away * away, 0) + step * step * (seen * count / both)
@@ -150,3 +195,59 @@ def _add_and_measure(
         tl.store(counts + part, seen)
         tl.store(means + part * channels + channel, mean, mask=inside)
         tl.store(squares + part * channels + channel, square, mask=inside)
+
+
+def merge(state: Tensor, counts: Tensor, means: Tensor, squares: Tensor) -> None:
+    """As `group_norm.Moments.add`, in place."""
+    parts, channels = means.shape
+    groups = state.shape[1]
+    _merge[(groups,)](
+        state,
+        counts,
+        means,
+        squares,
+        parts,
+        channels,
+        groups,
+        SIZE=channels // groups,
+        PARTS=64,
+        CHANNELS=triton.next_power_of_2(channels // groups),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _merge(
+    state, counts, means, squares, parts, channels, groups,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One group of channels: the mean of all parts first, then their distances from it."""
+    group = tl.program_id(0)
+    channel = tl.arange(0, CHANNELS)
+    added = tl.zeros([PARTS], tl.float64)
+    total = tl.zeros([PARTS, CHANNELS], tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (channel < SIZE)[None, :]
+        count = tl.load(counts + part, mask=part < parts, other=0.0).to(tl.float64)
+        offsets = part[:, None] * channels + group * SIZE + channel[None, :]
+        total += tl.load(means + offsets, mask=mask, other=0.0).to(tl.float64) * count[:, None]
+        added += count * SIZE
+    number = tl.sum(added)
+    mean = tl.sum(tl.sum(total, 1), 0) / number
+    distances = tl.zeros([PARTS, CHANNELS], tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (channel < SIZE)[None, :]
+        count = tl.load(counts + part, mask=part < parts, other=0.0).to(tl.float64)
+        offsets = part[:, None] * channels + group * SIZE + channel[None, :]
+        step = tl.load(means + offsets, mask=mask, other=0.0).to(tl.float64) - mean
+        distances += tl.load(squares + offsets, mask=mask, other=0.0).to(tl.float64)
+        distances += tl.where(mask, step * step * count[:, None], 0.0)
+    spread = tl.sum(tl.sum(distances, 1), 0)
+    seen, before = tl.load(state + group), tl.load(state + groups + group)
+    step, both = mean - before, seen + number
+    old = tl.load(state + 2 * groups + group)
+    tl.store(state + group, both)
+    tl.store(state + groups + group, before + step * (number / both))
+    tl.store(state + 2 * groups + group, old + spread + step * step * (seen * number / both))

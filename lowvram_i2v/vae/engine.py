@@ -22,40 +22,50 @@ from torch import Tensor
 
 from lowvram_i2v.device import release
 from lowvram_i2v.kernels.group_norm import Affine, Moments
+from lowvram_i2v.vae.attention import trusted_attention
 from lowvram_i2v.vae.convolution import trusted_convolution
 from lowvram_i2v.vae.decoder import VaeDecoder
-from lowvram_i2v.vae.frames import Frames, Shelf
-from lowvram_i2v.vae.planning import plan_route
+from lowvram_i2v.vae.frames import Frames, Memory
+from lowvram_i2v.vae.layout import AttentionLayout, Layout
+from lowvram_i2v.vae.planning import Step, plan_route, tile_chunking
 from lowvram_i2v.vae.policy import DecodeChunking, Policy
-from lowvram_i2v.vae.route import Rows, Segment, Shape, Stage, bands, rows_through, spans
-from lowvram_i2v.vae.streamed import Runnable, State, StreamedAttention, StreamedStage, streamed_stages
+from lowvram_i2v.vae.route import Rows, Shape, Stage, bands, rows_through, spans
+from lowvram_i2v.vae.streamed import Room, Runnable, State, StreamedAttention, StreamedStage, streamed_stages
 from lowvram_i2v.vae.tiles import Tiling, blend_segments, join_tiles
 
 EMITTED = 16  # frames of a yielded piece
 SAMPLED = 2  # chunks of each band that give the tail's norms their first moments
 
+Watch = Callable[[Step | None], None]
+"""Called before each segment, and after the last with None, for who measures."""
+
 
 def decode_frames(
-    decoder: VaeDecoder, latent: Tensor, policy: Policy, chunking: DecodeChunking | None = None
+    decoder: VaeDecoder,
+    latent: Tensor,
+    policy: Policy,
+    chunking: DecodeChunking | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Tensor]:
     """latent [16, T, h, w], divided by the scaling factor -> finished frames [3, f, 8 h, 8 w] float32, in order, on
     the CPU; together what `VaeDecoder.decode` (global moments) or `decode_tiled` (tile moments) return.
 
-    After running out of device memory the tile or clip is decoded again in smaller chunks.
-    Raises ResourceError where no chunk is small enough.
+    With tile moments, frames come as soon as the tiles of a time are blended. With global ones no frame is there before
+    the last band of rows: the tail runs band after band, because it carries past frames along, and those of all bands
+    take more memory than there is. After running out of device memory the tile or clip is decoded again in smaller
+    chunks. Raises ResourceError where no chunk is small enough.
     """
     chunking = chunking or DecodeChunking()
-    engine = Engine(decoder)
-    if policy.moments == "tile":
-        yield from blend_segments(
-            lambda part: engine.decode(part, policy, chunking).float(),
-            latent,
-            Tiling.from_config(decoder.config),
-            _land,
-            _join,
-        )
-        return
-    frames = engine.decode(latent, policy, chunking)
+    engine = Engine(decoder, watch)
+    try:
+        if policy.moments == "tile":
+            config = decoder.config
+            tiles = engine.tiles(Shape(*latent.shape[1:]), policy, chunking)
+            yield from blend_segments(tiles, latent, Tiling.from_config(config), _land, _join)
+            return
+        frames = engine.decode(latent, policy, chunking).clone()
+    finally:
+        engine.close()
     for first in range(0, frames.shape[1], EMITTED):
         yield frames[:, first : first + EMITTED].float()
 
@@ -75,31 +85,57 @@ def _join(rows: list[list[Tensor]]) -> Tensor:
 
 
 class Engine:
-    """A decoder made ready for streaming: weights laid out channels-last, upsamplers turned into phases."""
+    """A decoder made ready for streaming: weights laid out channels-last, upsamplers turned into phases, and the memory
+    that it works in. To be closed."""
 
-    def __init__(self, decoder: VaeDecoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: VaeDecoder, watch: Watch | None = None) -> None:
+        self._decoder, self._watch = decoder, watch
         weight = decoder.post_quant_conv.weight
         self._device, self._dtype = weight.device, weight.dtype
-        self._stages = streamed_stages(decoder, trusted_convolution(self._device, self._dtype))
+        convolve = trusted_convolution(self._device, self._dtype)
+        self._stages = streamed_stages(decoder, convolve, trusted_attention(self._device, self._dtype))
+        release(self._device)  # what the weights were made in
+        self._memory = Memory(self._device, self._dtype)
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def tiles(self, whole: Shape, policy: Policy, chunking: DecodeChunking) -> Callable[[Tensor], Tensor]:
+        """Decodes tiles of a latent of this shape. Each is float32 [3, F, H, W], valid until the next one."""
+        allowed = tile_chunking(self._decoder.config, whole, policy, chunking, self._dtype.itemsize)
+        routes: dict[Shape, tuple[Step, ...]] = {}
+
+        def decode(part: Tensor) -> Tensor:
+            nonlocal allowed
+            shape = Shape(*part.shape[1:])
+            if shape not in routes:
+                routes[shape] = plan_route(self._decoder.config, shape, policy, allowed, self._dtype.itemsize)
+            try:
+                return self._memory.beside(self.run(part, routes[shape]))
+            except torch.OutOfMemoryError:
+                allowed = allowed.smaller()
+                routes.clear()
+            self._memory.drop()
+            return decode(part)
+
+        return decode
 
     def decode(self, latent: Tensor, policy: Policy, chunking: DecodeChunking) -> Tensor:
-        """[16, T, h, w] -> [3, F, H, W] in the weights' dtype, on the CPU (global moments) or the device."""
+        """[16, T, h, w] -> [3, F, H, W] in the weights' dtype, valid until the engine is used again or closed."""
         shape = Shape(*latent.shape[1:])
         while True:
             route = plan_route(self._decoder.config, shape, policy, chunking, self._dtype.itemsize)
             try:
-                return self.run(latent, route)
+                return self.run(latent, route).settled().permute(3, 0, 1, 2)
             except torch.OutOfMemoryError:
                 chunking = chunking.smaller()
-            release(self._device)  # after the error and the tensors in its trace are gone
+            self._memory.drop()  # after the error and the tensors in its trace are gone
 
-    @torch.inference_mode()
-    def run(self, latent: Tensor, route: Sequence[Segment]) -> Tensor:
-        """One clip, with its own moments, along `route`."""
-        with Shelf(self._device, self._dtype) as shelf:
-            frames = _Run(self._stages, shelf, route).decode(self._after_quantization(latent))
-            return frames.settled().permute(3, 0, 1, 2).clone()
+    def run(self, latent: Tensor, route: Sequence[Step]) -> Frames:
+        """One clip, with its own moments, along `route`: frames of pictures, which the engine's memory holds."""
+        self._memory.fit(max(step.piece for step in route), max(step.host_bytes for step in route))
+        with torch.inference_mode():
+            return _Run(self._stages, self._memory, route, self._watch).decode(self._after_quantization(latent))
 
     def _after_quantization(self, latent: Tensor) -> Tensor:
         """The 1x1x1 convolution before the decoder: [16, T, h, w] -> [T, h, w, 16]."""
@@ -116,43 +152,59 @@ class _Kept:
     trunk: Frames
     branch: Frames | None = None
     affine: Affine | None = None
-    spent: Frames | None = None  # the last branch, whose memory the next may take
 
 
 class _Run:
     """One clip on its way: `decode` is the loop over segments, `_stream` the one over chunks."""
 
-    def __init__(self, stages: list[Runnable], shelf: Shelf, route: Sequence[Segment]) -> None:
-        self._stages, self._shelf, self._route = stages, shelf, route
+    def __init__(self, stages: list[Runnable], memory: Memory, route: Sequence[Step], watch: Watch | None) -> None:
+        self._stages, self._memory, self._route, self._watch = stages, memory, route, watch
 
     def decode(self, latent: Tensor) -> Frames:
         """[T, h, w, 16] -> frames of pictures."""
         frames, height, width, _ = latent.shape
         kept = _Kept(Frames(latent, Shape(frames, height, width), 0))
-        for segment in self._route:
+        for stage in self._stages:
+            stage.restart()  # a run before may have ended anywhere
+        for step in self._route:
+            if self._watch is not None:
+                self._watch(step)
+            segment = step.segment
             stages = self._stages[segment.first : segment.last]
             if isinstance(stages[0], StreamedAttention):
-                self._attend(stages[0], kept)
+                self._attend(stages[0], step, kept)
             else:
-                self._advance(segment, [stage for stage in stages if isinstance(stage, StreamedStage)], kept)
+                self._advance(step, [stage for stage in stages if isinstance(stage, StreamedStage)], kept)
+        if self._watch is not None:
+            self._watch(None)
         return kept.trunk
 
-    def _attend(self, attention: StreamedAttention, kept: _Kept) -> None:
+    def _attend(self, attention: StreamedAttention, step: Step, kept: _Kept) -> None:
         """Frame after frame, in place."""
-        shape, moments = kept.trunk.shape, attention.norm.moments()
+        shape, moments, layout = kept.trunk.shape, attention.norm.moments(), step.layout
         assert kept.affine is not None
-        attention.start(shape.positions)
+        assert isinstance(layout, AttentionLayout)
+        room = self._memory.room(step.base, layout.size)
+        kept.trunk.lend(room, layout.read[0], layout.sent[0])
+        self._memory.begin()
+        attention.start(shape.positions, room, layout)
         everything = [((frame, frame + 1), (0, shape.height)) for frame in range(shape.frames)]
         for frame, window in enumerate(kept.trunk.windows(everything)):
             kept.trunk.write(frame, 0, attention(window.values, kept.affine, moments))
-        attention.finish()
+        attention.restart()
+        self._memory.end()
         self._measured(attention, kept, moments)
 
-    def _advance(self, segment: Segment, stages: list[StreamedStage], kept: _Kept) -> None:
+    def _advance(self, step: Step, stages: list[StreamedStage], kept: _Kept) -> None:
         """Measures what is not known, then runs the whole segment and keeps what it makes."""
-        affines = [kept.affine, *self._affines_within(segment, stages, kept)]
+        assert isinstance(step.layout, Layout)
+        work = _Work(step, step.layout, self._memory.room(step.base, step.layout.size))
+        kept.trunk.lend(work.room, work.layout.read[0], ())
+        if kept.branch is not None:
+            kept.branch.lend(work.room, work.layout.read[1], ())
+        affines = [kept.affine, *self._affines_within(work, stages, kept)]
         moments = [*[None] * (len(stages) - 1), self._moments_after(stages[-1])]
-        trunk, branch = self._rooms(segment, [stage.stage for stage in stages], kept)
+        trunk, branch = self._rooms(work, [stage.stage for stage in stages], kept)
 
         def keep(state: State, frame: int, core: Rows) -> None:
             if trunk is not kept.trunk:
@@ -160,32 +212,31 @@ class _Run:
             if branch is not None and state.branch is not None:
                 branch.write(frame, core[0], state.branch.part(core))
 
-        self._stream(segment, stages, kept, affines, moments, keep)
-        if trunk.memory is not kept.trunk.memory:
-            self._shelf.clear(kept.trunk)
-        kept.trunk, kept.branch, kept.spent = trunk, branch, kept.branch or kept.spent
+        self._stream(work, stages, kept, affines, moments, keep)
+        kept.trunk, kept.branch = trunk, branch
         self._measured(stages[-1], kept, moments[-1])
 
-    def _affines_within(self, segment: Segment, stages: list[StreamedStage], kept: _Kept) -> list[Affine | None]:
+    def _affines_within(self, work: _Work, stages: list[StreamedStage], kept: _Kept) -> list[Affine | None]:
         """Of the segment's second and further stages: exact ones by a pass each, or by passes for all at once."""
         affines: list[Affine | None] = [kept.affine]
         inner = [self._moments_after(stage) for stage in stages[:-1]]
-        if segment.measures is None:
+        measures = work.step.segment.measures
+        if measures is None:
             for count, moments in enumerate(inner, 1):
-                self._stream(segment, stages[:count], kept, affines, [*[None] * (count - 1), moments])
+                self._stream(work, stages[:count], kept, affines, [*[None] * (count - 1), moments])
                 affines += self._known(stages[count:], [moments])
             return affines[1:]
         guess = [*affines, *[None] * (len(stages) - 2)]  # None: what this very pass has measured so far
-        self._stream(segment, stages[:-1], kept, guess, inner, sample=True)
-        for _ in range(segment.measures):
+        self._stream(work, stages[:-1], kept, guess, inner, sample=True)
+        for _ in range(measures):
             affines = [kept.affine, *self._known(stages[1:], inner)]
             inner = [self._moments_after(stage) for stage in stages[:-1]]
-            self._stream(segment, stages[:-1], kept, affines[:-1], inner)
+            self._stream(work, stages[:-1], kept, affines[:-1], inner)
         return self._known(stages[1:], inner)
 
     def _stream(
         self,
-        segment: Segment,
+        work: _Work,
         stages: Sequence[StreamedStage],
         kept: _Kept,
         affines: Sequence[Affine | None],
@@ -195,51 +246,40 @@ class _Run:
     ) -> None:
         """Runs `stages` over all bands and chunks of what was kept, or of a sample, with the given scales and shifts;
         what each stage makes joins its `moments`."""
-        part, before = [stage.stage for stage in stages], kept.trunk.shape
-        height, time = before.height * prod(stage.space for stage in part), prod(stage.time for stage in part)
-        chunks = spans(before.frames, segment.frames)
-        if sample:
-            chunks = chunks[len(chunks) // 2 :][:SAMPLED]
-        cores = [(core, rows_through(part, core, before)) for core in bands(height, segment.rows)]
-        work = [(chunk, core, needed) for core, needed in cores for chunk in chunks]
-        for (chunk, core, _), state in zip(work, _read(kept, part[0], work), strict=True):
+        part, time = [stage.stage for stage in stages], prod(stage.stage.time for stage in stages)
+        chunks, inputs = work.inputs(part, kept.trunk.shape, sample)
+        self._memory.begin()
+        for (chunk, core, _), state in zip(inputs, _read(kept, part[0], inputs), strict=True):
             if chunk == chunks[0]:
                 for stage in stages:
                     stage.restart()
-            for index, stage in enumerate(stages):
+            for index, (stage, at) in enumerate(zip(stages, work.layout.stages, strict=False)):
                 affine = affines[index]
                 if affine is None and stage.norm is not None:
                     (affine,) = self._known([stage], [moments[index - 1]])
-                state = stage(state, affine, core, moments[index])
+                state = stage(state, affine, core, moments[index], work.room, at)
             if keep is not None:
                 keep(state, max(0, (chunk[0] - 1) * time + 1), core)
         for stage in stages:
             stage.restart()
+        self._memory.end()
 
-    def _rooms(self, segment: Segment, part: Sequence[Stage], kept: _Kept) -> tuple[Frames, Frames | None]:
-        """Where the segment writes: new memory, the trunk's own (moved up by what is read above), a spent branch's."""
-        shape, last = kept.trunk.shape, part[-1]
+    def _rooms(self, work: _Work, part: Sequence[Stage], kept: _Kept) -> tuple[Frames, Frames | None]:
+        """Where the segment writes: at new places, or over the trunk, moved up by what is read above."""
+        step, shape, outputs = work.step, kept.trunk.shape, part[-1].outputs
         for stage in part:
             shape = stage.shape(shape)
-        branch = None
-        if last.kind == "first":
-            branch = kept.spent if kept.spent is not None and kept.spent.fits(shape, last.outputs) else None
-            if branch is None:
-                self._forget(kept)
-                branch = self._shelf.room(shape, last.outputs, segment.branch)
-            kept.spent = None
-        elif kept.branch is None:
-            self._forget(kept)
-        if segment.trunk:
-            return self._shelf.room(shape, last.outputs, segment.trunk, segment.spare), branch
-        if branch is not None and len(part) == 1:
+        branch = None if step.branch is None else self._memory.frames(step.branch, shape, outputs, 0)
+        if branch is not None:
+            branch.lend(work.room, (), work.layout.sent[1])
+        if step.trunk is None and branch is not None and len(part) == 1:
             return kept.trunk, branch
-        return kept.trunk.over(len(part) - (part[0].kind == "second")), branch
-
-    def _forget(self, kept: _Kept) -> None:
-        if kept.spent is not None:
-            self._shelf.clear(kept.spent)
-        kept.spent = None
+        if step.trunk is not None:
+            trunk = self._memory.frames(step.trunk, shape, outputs, step.segment.spare)
+        else:
+            trunk = kept.trunk.over(len(part) - (part[0].kind == "second"))
+        trunk.lend(work.room, (), work.layout.sent[0])
+        return trunk, branch
 
     def _moments_after(self, stage: Runnable) -> Moments | None:
         """For the norm after this stage, if one comes."""
@@ -259,7 +299,29 @@ class _Run:
         ]
 
 
-def _read(kept: _Kept, first: Stage, work: Sequence[tuple[Rows, Rows, list[Rows]]]) -> Iterator[State]:
+@dataclass(frozen=True)
+class _Work:
+    """A step's chunks, and the memory that they are computed in."""
+
+    step: Step
+    layout: Layout
+    room: Room
+
+    def inputs(self, part: Sequence[Stage], before: Shape, sample: bool) -> tuple[list[Rows], list[_Chunk]]:
+        """The chunks of frames of each band, all or some in the middle; and for each band and chunk its frames, the
+        rows that it makes, and the rows at the input of each stage."""
+        segment, height = self.step.segment, before.height * prod(stage.space for stage in part)
+        chunks = spans(before.frames, segment.frames)
+        if sample:
+            chunks = chunks[len(chunks) // 2 :][:SAMPLED]
+        cores = [(core, rows_through(part, core, before)) for core in bands(height, segment.rows)]
+        return chunks, [(chunk, core, needed) for core, needed in cores for chunk in chunks]
+
+
+_Chunk = tuple[Rows, Rows, list[Rows]]
+
+
+def _read(kept: _Kept, first: Stage, work: Sequence[_Chunk]) -> Iterator[State]:
     """The input of each chunk. A trunk beside a branch is only added: it is read where the branch's result lies."""
     inputs = [(chunk, needed[0]) for chunk, _, needed in work]
     if kept.branch is None:

@@ -9,18 +9,22 @@ allows, because every band reads rows twice and every chunk copies two frames.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.vae.config import VaeConfig
+from lowvram_i2v.vae.layout import AttentionLayout, Ends, Layout, OnHost, Place, aligned, attention_layout, chunk_layout
 from lowvram_i2v.vae.policy import DecodeChunking, Policy
-from lowvram_i2v.vae.route import OUT_CHANNELS, Rows, Segment, Shape, Stage, bands, rows_through, spans, stages
+from lowvram_i2v.vae.route import OUT_CHANNELS, Segment, Shape, Stage, bands, rows_through, stages
 
 TAPS = 27  # of a 3x3x3 convolution
 LARGEST = 2**31 - 1  # elements of a segment's chunks: some kernels count in 32 bits
 NORMED_AT_ONCE = 8  # parts in which the image encoder normalizes, each in float32
+MIXED = 3  # borders at a time that mixing makes: two faded ones, and a finished part on its way to the host
+SMALL = 2**15  # bytes a channel, of the most: parts of a chunk's moments
 WRITING = 0.1  # what writing a value of the padded input costs, in convolutions of it
 WORTH = 1.5  # how much more work small chunks may make before a tensor is rather not kept on the device
 
@@ -30,16 +34,26 @@ def decode_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: Dec
 
     element: bytes of a number: 2 in float16. Raises ResourceError if `chunking` allows too few.
     """
-    shape, borders = latent, 0
     if policy.moments == "tile":
-        shape, borders = largest_tile(config, latent), border_bytes(config, latent)
-    return borders + max(step.device_bytes for step in walk(config, shape, policy, chunking, element))
+        return blending_bytes(config, latent) + tile_chunking(config, latent, policy, chunking, element).device_bytes
+    return max(step.device_bytes for step in walk(config, latent, policy, chunking, element))
 
 
 def host_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int) -> int:
     """The most bytes in page-locked host memory."""
-    shape = largest_tile(config, latent) if policy.moments == "tile" else latent
+    shape = latent
+    if policy.moments == "tile":
+        shape, chunking = largest_tile(config, latent), tile_chunking(config, latent, policy, chunking, element)
     return max(step.host_bytes for step in walk(config, shape, policy, chunking, element))
+
+
+def tile_chunking(
+    config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int
+) -> DecodeChunking:
+    """What each tile may take: what the largest does. The rest is for blending."""
+    room = replace(chunking, device_bytes=chunking.device_bytes - blending_bytes(config, latent))
+    most = max(step.device_bytes for step in walk(config, largest_tile(config, latent), policy, room, element))
+    return replace(room, device_bytes=most)
 
 
 def encode_bytes(config: VaeConfig, width: int, height: int, element: int) -> int:
@@ -77,9 +91,9 @@ def _resnet_values(inputs: int, outputs: int) -> int:
 
 def plan_route(
     config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int
-) -> tuple[Segment, ...]:
+) -> tuple[Step, ...]:
     """The route of one clip, or of one tile where moments are a tile's. Raises ResourceError as `decode_bytes`."""
-    return tuple(step.segment for step in walk(config, latent, policy, chunking, element))
+    return tuple(walk(config, latent, policy, chunking, element))
 
 
 def largest_tile(config: VaeConfig, latent: Shape) -> Shape:
@@ -89,8 +103,9 @@ def largest_tile(config: VaeConfig, latent: Shape) -> Shape:
     return Shape(frames, min(latent.height, tile), min(latent.width, tile))
 
 
-def border_bytes(config: VaeConfig, latent: Shape) -> int:
-    """Float32 borders of finished tiles that stay on the device: a row's, below and of one tile to the right."""
+def blending_bytes(config: VaeConfig, latent: Shape) -> int:
+    """Float32 on the device beside the decoder's: borders of finished tiles, a row's below and one tile's to the right,
+    and what mixing two of them takes. The tile itself lies in memory that the decoder has."""
     tile = largest_tile(config, latent)
     if tile.height == latent.height and tile.width == latent.width:
         return 0
@@ -98,16 +113,13 @@ def border_bytes(config: VaeConfig, latent: Shape) -> int:
     lines = round(config.sample_size * config.tile_overlap_factor)
     columns = -(-latent.width // round(config.sample_size // config.spatial_ratio * (1 - config.tile_overlap_factor)))
     high, wide = tile.height * config.spatial_ratio, tile.width * config.spatial_ratio
-    return 4 * config.out_channels * frames * lines * ((columns + 1) * wide + high)
+    return 4 * config.out_channels * frames * lines * ((columns + 1 + MIXED) * wide + high)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A segment and the bytes that are taken while it runs."""
-
-    segment: Segment
-    device_bytes: int
-    host_bytes: int
+def fixed_bytes(config: VaeConfig, latent: Shape, element: int) -> int:
+    """Weights, the latent as it came and after its first convolution, moments and scales."""
+    inputs = latent.positions * config.latent_channels * (4 + element)
+    return weight_bytes(config, element) + inputs + SMALL * max(config.block_out_channels)
 
 
 def weight_bytes(config: VaeConfig, element: int) -> int:
@@ -128,16 +140,31 @@ def weight_bytes(config: VaeConfig, element: int) -> int:
     return total * element
 
 
-@dataclass
-class _Kept:
-    """A kept tensor's bytes, by place."""
+@dataclass(frozen=True)
+class Kept:
+    """Where a tensor between two segments lies: in which memory, "device", "host" or "video", and where there. "video"
+    is host memory for the frames alone, which outlives the rest of it."""
 
-    device: int = 0
-    host: int = 0
+    memory: str
+    place: Place
 
-    @classmethod
-    def at(cls, place: str, size: int) -> _Kept:
-        return cls(**{place: size}) if place else cls()
+
+@dataclass(frozen=True)
+class Step:
+    """A segment, the places of all that it makes and needs, and the bytes that are taken while it runs.
+
+    trunk: the new trunk, None where the old one stays or is written over. branch: the new branch. layout begins `base`
+    bytes into the device's piece. piece: bytes of that; device_bytes: all on the device, weights included.
+    """
+
+    segment: Segment
+    layout: Layout | AttentionLayout
+    base: int
+    trunk: Kept | None
+    branch: Kept | None
+    piece: int
+    device_bytes: int
+    host_bytes: int
 
 
 def walk(config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int) -> Iterator[Step]:
@@ -147,6 +174,23 @@ def walk(config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunk
         yield walker.advance()
 
 
+def follow(
+    config: VaeConfig, latent: Shape, policy: Policy, route: Sequence[Segment], element: int
+) -> tuple[Step, ...]:
+    """The steps of a given route, however much it takes."""
+    walker = _Walker(config, latent, policy, DecodeChunking(), element)
+    return tuple(walker.taken(segment) for segment in route)
+
+
+class _Trial(NamedTuple):
+    """Memory with what a segment keeps, its own chunks aside."""
+
+    device: Ends
+    host: Ends
+    trunk: Kept | None
+    branch: Kept | None
+
+
 class _Walker:
     """What is kept before stage `index`."""
 
@@ -154,30 +198,77 @@ class _Walker:
         self, config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int
     ) -> None:
         self.stages, self.index, self.shape = stages(config), 0, latent
-        self.trunk = _Kept(device=latent.positions * config.latent_channels * element)
-        self.branch, self.spent = _Kept(), _Kept()
+        self._trunk: Kept | None = None  # at first the latent, in memory of its own
+        self._branch: Kept | None = None
+        self._device, self._host = Ends(), Ends()
         self._policy, self._chunking, self._element = policy, chunking, element
-        self._weights = weight_bytes(config, element)
-        video = latent
-        for stage in self.stages:
-            video = stage.shape(video)
-        self._video = 0 if policy.moments == "tile" else video.positions * config.out_channels * element
+        self._fixed, self._video = fixed_bytes(config, latent, element), Place(0, 0)
+        if policy.moments == "global":  # whatever is kept meanwhile, the frames must fit at the end
+            video = latent
+            for stage in self.stages:
+                video = stage.shape(video)
+            self._video = Place(0, aligned(video.positions * config.out_channels * element))
 
     def advance(self) -> Step:
         """The next segment: the first choice that fits without making much more work, or else that fits at all."""
-        choices = list(self._choices())
+        choices = [(segment, self._trial(segment)) for segment in self._choices()]
         for worth in (WORTH, float("inf")):
-            for segment in choices:
-                step = self._fitted(segment, worth)
-                if step is not None:
-                    self._take(step.segment)
-                    return step
+            for segment, trial in choices:
+                chunked = self._fitted(segment, trial, worth)
+                if chunked is not None:
+                    return self.taken(chunked)
         raise ResourceError(
             f"decoding {self.shape.frames} frames of {self.shape.width}x{self.shape.height} values at stage "
             f"{self.index} does not fit in {self._chunking.device_bytes / 2**30:.2f} GiB of video memory and "
             f"{self._chunking.host_bytes / 2**30:.2f} GiB of RAM",
             "Allow more memory, or decode a smaller or shorter video.",
         )
+
+    def taken(self, segment: Segment) -> Step:
+        """Takes the segment as it is."""
+        trial = self._trial(segment)
+        layout = self._layout(segment, trial)
+        piece = trial.device.extent + layout.size
+        step = Step(
+            segment,
+            layout,
+            trial.device.low,
+            trial.trunk,
+            trial.branch,
+            piece,
+            self._fixed + piece,
+            trial.host.extent + self._video.size,
+        )
+        self._device, self._host = trial.device, trial.host
+        if trial.trunk is not None:
+            self._give(self._trunk)
+            self._trunk = trial.trunk
+        self._give(self._branch)
+        self._branch = trial.branch
+        self.shape, self.index = self._after(segment), segment.last
+        return step
+
+    def _give(self, kept: Kept | None) -> None:
+        if kept is not None:
+            (self._device if kept.memory == "device" else self._host).give(kept.place)
+
+    def _trial(self, segment: Segment) -> _Trial:
+        """A new trunk lies at the other end than the old one, a new branch beside it or at the other end than a trunk
+        that stays: then what is given back lies beside what is free."""
+        part, after = self.stages[segment.first : segment.last], self._after(segment)
+        memory = {"device": self._device.copy(), "host": self._host.copy()}
+        size = after.positions * part[-1].outputs * self._element
+        trunk: Kept | None = None
+        branch: Kept | None = None
+        other_end = self._trunk is not None and not self._trunk.place.high
+        if segment.trunk == "host" and segment.last == len(self.stages):
+            trunk = Kept("video", self._video)
+        elif segment.trunk and part[0].kind != "attend":  # that one works in place
+            spare = segment.spare * after.frames * after.width * part[-1].outputs * self._element
+            trunk = Kept(segment.trunk, memory[segment.trunk].take(size + spare, other_end))
+        if part[-1].kind == "first":
+            branch = Kept(segment.branch, memory[segment.branch].take(size, other_end))
+        return _Trial(memory["device"], memory["host"], trunk, branch)
 
     def _choices(self) -> Iterator[Segment]:
         """Best first: short segments, kept on the device; then on the host; then a resnet at once; then the tail.
@@ -233,43 +324,41 @@ class _Walker:
         until = next((place for place, kind in enumerate(kinds) if kind in ("up", "out")), len(kinds))
         return 2 * kinds[:until].count("first")
 
-    def _fitted(self, segment: Segment, worth: float) -> Step | None:
-        """The segment with the best chunks that fit beside what is kept meanwhile."""
+    def _layout(self, segment: Segment, trial: _Trial) -> Layout | AttentionLayout:
         part = self.stages[segment.first : segment.last]
-        trunk, branch = self._made(segment)
-        kept = [self.trunk, self.branch, trunk, branch]
-        if part[-1].kind == "first" and self._reuses(segment):
-            kept[3] = self.spent
-        video = 0 if part[-1].kind == "out" else self._video  # whatever is kept now, the frames must fit at the end
-        host = sum(store.host for store in kept) + video
-        if host > self._chunking.host_bytes:
-            return None
-        held = self._weights + sum(store.device for store in kept)
-        room = self._chunking.device_bytes - held
+        from_host, to_host = self._on_host(segment, trial)
         if part[0].kind == "attend":
-            work = _attention_elements(self.shape, part[0].inputs) * self._element
-            return Step(segment, held + work, host) if work <= room else None
-        room = min(room // self._element, LARGEST)
-        chunked = _best_chunks(part, self.shape, segment, self._chunking.frames, room, self._from_host)
-        if chunked is None or chunked[1] > worth:
+            return attention_layout(self.shape, part[0].inputs, self._element, from_host[0])
+        return chunk_layout(part, self.shape, segment, from_host, to_host, self._element)
+
+    def _on_host(self, segment: Segment, trial: _Trial) -> tuple[OnHost, OnHost]:
+        """What is read from there, and what is written there."""
+
+        def host(kept: Kept | None) -> bool:
+            return kept is not None and kept.memory != "device"
+
+        writes = trial.trunk is not None or trial.branch is None or segment.last - segment.first > 1
+        trunk = trial.trunk or self._trunk
+        return (host(self._trunk), host(self._branch)), (host(trunk) and writes, host(trial.branch))
+
+    def _fitted(self, segment: Segment, trial: _Trial, worth: float) -> Segment | None:
+        """The segment with the best chunks that fit beside what is kept meanwhile."""
+        room = self._chunking.device_bytes - self._fixed - trial.device.extent
+        if trial.host.extent + self._video.size > self._chunking.host_bytes:
             return None
-        best = chunked[0]
-        work = working_elements(part, self.shape, best, self._from_host) * self._element
+        part = self.stages[segment.first : segment.last]
+        if part[0].kind == "attend":
+            return segment if self._layout(segment, trial).size <= room else None
         if part[0].kind == "in":  # what is kept now is there when the attention comes
-            work = max(work, _attention_elements(self.shape, part[0].outputs) * self._element)
-        return Step(best, held + work, host) if held + work <= self._chunking.device_bytes else None
+            attention = attention_layout(self.shape, part[0].outputs, self._element, segment.trunk == "host")
+            if attention.size > room:
+                return None
 
-    @property
-    def _from_host(self) -> tuple[bool, bool]:
-        return self.trunk.host > 0, self.branch.host > 0
+        def fits(chunked: Segment) -> bool:
+            return self._layout(chunked, trial).size <= min(room, LARGEST * self._element)
 
-    def _made(self, segment: Segment) -> tuple[_Kept, _Kept]:
-        """New trunk and branch."""
-        shape, last = self._after(segment), self.stages[segment.last - 1]
-        wide = shape.width * last.outputs * self._element
-        size = shape.frames * shape.height * wide
-        trunk = _Kept.at(segment.trunk, size + segment.spare * shape.frames * wide)
-        return trunk, _Kept.at(segment.branch, size) if last.kind == "first" else _Kept()
+        chunked = _best_chunks(part, self.shape, segment, self._chunking.frames, fits)
+        return chunked[0] if chunked is not None and chunked[1] <= worth else None
 
     def _after(self, segment: Segment) -> Shape:
         shape = self.shape
@@ -277,27 +366,11 @@ class _Walker:
             shape = stage.shape(shape)
         return shape
 
-    def _reuses(self, segment: Segment) -> bool:
-        """Whether the branch takes the memory of the last one. Then its own place does not matter."""
-        _, branch = self._made(segment)
-        return self.spent != _Kept() and self.spent.device + self.spent.host == branch.device + branch.host
-
-    def _take(self, segment: Segment) -> None:
-        """What is kept after the segment."""
-        part = self.stages[segment.first : segment.last]
-        trunk, branch = self._made(segment)
-        if part[-1].kind == "first":
-            self.branch, self.spent = (self.spent if self._reuses(segment) else branch), _Kept()
-        else:
-            self.spent, self.branch = self.branch, _Kept()
-        self.trunk = trunk if segment.trunk else self.trunk
-        self.shape, self.index = self._after(segment), segment.last
-
 
 def _best_chunks(
-    part: Sequence[Stage], before: Shape, segment: Segment, most: int, room: int, from_host: tuple[bool, bool]
+    part: Sequence[Stage], before: Shape, segment: Segment, most: int, fits: Callable[[Segment], bool]
 ) -> tuple[Segment, float] | None:
-    """The chunks that fit in `room` elements and make the least work, and how many times the least work it is."""
+    """The chunks that fit and make the least work, and how many times the least work it is."""
     height = before.height * prod(stage.space for stage in part)
     best: tuple[Segment, float] | None = None
     frames = most
@@ -306,7 +379,7 @@ def _best_chunks(
         count = bisect_left(
             range(1, height + 1),
             True,
-            key=lambda count: working_elements(part, before, _in_bands(chunked, height, count), from_host) <= room,
+            key=lambda count: fits(_in_bands(chunked, height, count)),
         )
         if count < height:
             chunked = _in_bands(chunked, height, count + 1)
@@ -330,57 +403,3 @@ def _work(part: Sequence[Stage], before: Shape, segment: Segment) -> float:
     made = rows_through(part, core, before)[1:]
     convolved = sum((last - first) * stage.inputs for stage, (first, last) in zip(part, made, strict=True))
     return convolved / (rows * sum(stage.inputs for stage in part)) * (1 + WRITING * (2 / frames + 2 / rows))
-
-
-def _attention_elements(shape: Shape, channels: int) -> int:
-    """Keys and values of all frames, and of one frame: tokens in float32 and cast, query, result, projection."""
-    return (2 * shape.positions + 8 * shape.height * shape.width) * channels
-
-
-def working_elements(part: Sequence[Stage], before: Shape, segment: Segment, from_host: tuple[bool, bool]) -> int:
-    """The most elements that a segment's chunks take beside the kept tensors: what is carried along, buffers for
-    copies, and a stage's input, padded input and output."""
-    height = before.height * prod(stage.space for stage in part)
-    frames = max(last - first for first, last in spans(before.frames, segment.frames))
-    cores = bands(height, segment.rows)
-    return max(
-        _band_elements(part, before, segment, from_host, frames, core)
-        for core in {cores[0], cores[len(cores) // 2], cores[-1]}
-    )
-
-
-def _band_elements(
-    part: Sequence[Stage], before: Shape, segment: Segment, from_host: tuple[bool, bool], frames: int, core: Rows
-) -> int:
-    rows, shape = rows_through(part, core, before)[0], before
-    read = frames * (rows[1] - rows[0]) * shape.width * part[0].inputs
-    copies = 2 * read * sum(from_host)
-    state, branch = 0, 0  # elements of what a stage gets, beside windows into kept tensors
-    carried, peak = 0, 0
-    steps: list[tuple[int, int]] = []  # (carried by this stage, most that it takes beside all that is carried)
-    for stage in part:
-        padded_rows = rows[1] - rows[0] + (rows[0] == 0) + (rows[1] == shape.height)
-        line = (shape.width + 2) * stage.inputs
-        carry, padded = stage.past * padded_rows * line, (stage.past + frames) * padded_rows * line
-        made = stage.rows_made(rows, shape.height)
-        after = stage.shape(shape)
-        if stage.kind == "up":
-            phases = frames * (padded_rows - 1) * (shape.width + 1) * 4 * stage.time * stage.outputs
-            out = frames * stage.time * (made[1] - made[0]) * after.width * stage.outputs
-            most = max(padded + phases, phases + out)
-            frames *= stage.time
-        else:
-            outputs = OUT_CHANNELS if stage.kind == "out" else stage.outputs
-            out = frames * (made[1] - made[0]) * shape.width * outputs
-            most = padded + out
-        trunk = state
-        if stage.narrows:
-            trunk = frames * (rows[1] - rows[0]) * shape.width * stage.outputs
-            most = max(most, out + trunk)
-        steps.append((carry, state + branch + most))
-        state, branch = (trunk, out) if stage.kind == "first" else (out, 0)
-        rows, shape = made, after
-    carried = sum(carry for carry, _ in steps)
-    peak = max(most for _, most in steps)
-    sent = 2 * out if "host" in (segment.trunk, segment.branch) else 0
-    return carried + peak + copies + sent

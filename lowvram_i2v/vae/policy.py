@@ -49,7 +49,7 @@ class DecodeChunking:
     frames: most frames of a chunk; more only help small pictures.
     """
 
-    device_bytes: int = int(2.75 * GIB)
+    device_bytes: int = int(2.86 * GIB)
     host_bytes: int = 8 * GIB
     frames: int = 8
 

@@ -157,13 +157,17 @@ def _border(part: Tensor, dim: int, extent: int) -> Tensor:
 
 
 def _mix(border: Tensor, part: Tensor, dim: int) -> Tensor:
-    """Fades from the neighbour's border into `part`: line y of n has weight y / n of the new tile."""
+    """Fades from the neighbour's border into `part`, in place where no gradient is wanted: line y of n has weight y / n
+    of the new tile."""
     lines = min(border.shape[dim], part.shape[dim])
     shape = [1, 1, 1, 1]
     shape[dim] = lines
     weight = (torch.arange(lines, dtype=part.dtype, device=part.device) / max(lines, 1)).reshape(shape)
     old = border.narrow(dim, border.shape[dim] - lines, lines)
     new = part.narrow(dim, 0, lines)
+    if not (part.requires_grad or border.requires_grad):
+        new.mul_(weight).add_(old * (1 - weight))
+        return part
     rest = part.narrow(dim, lines, part.shape[dim] - lines)
     return torch.cat([old * (1 - weight) + new * weight, rest], dim)
 

@@ -2,16 +2,20 @@
 
 For each size and policy a Markdown row: seconds, peaks of device memory (allocated, reserved, predicted) and of host
 memory, and the floor: the convolutions at the rate measured here, plus the attention. With --diffusers its two tilings.
+With --profile, for the last size: seconds of each segment, then the kernels that took longest, of both policies; the
+attention of one frame by itself; time that the host takes for planning and for making the engine ready.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,15 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from lowvram_i2v.device import describe, pick_device  # noqa: E402
+from lowvram_i2v.vae.attention import by_products, fused, trusted_attention  # noqa: E402
 from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
-from lowvram_i2v.vae.convolution import conv3d, trusted_convolution  # noqa: E402
+from lowvram_i2v.vae.convolution import convolved, trusted_convolution  # noqa: E402
 from lowvram_i2v.vae.decoder import VaeDecoder  # noqa: E402
 from lowvram_i2v.vae.encoder import VaeEncoder  # noqa: E402
-from lowvram_i2v.vae.engine import decode_frames  # noqa: E402
+from lowvram_i2v.vae.engine import Engine, decode_frames  # noqa: E402
 from lowvram_i2v.vae.image_encoder import ImageEncoder  # noqa: E402
-from lowvram_i2v.vae.planning import decode_bytes, encode_bytes, host_bytes  # noqa: E402
-from lowvram_i2v.vae.policy import POLICIES, DecodeChunking  # noqa: E402
+from lowvram_i2v.vae.layout import attention_layout  # noqa: E402
+from lowvram_i2v.vae.planning import Step, decode_bytes, encode_bytes, host_bytes  # noqa: E402
+from lowvram_i2v.vae.policy import POLICIES, DecodeChunking, Policy  # noqa: E402
 from lowvram_i2v.vae.route import Shape, Stage, stages  # noqa: E402
+from lowvram_i2v.vae.streamed import Room  # noqa: E402
 
 GIB = 2**30
 ATTENTION_RATE = 84e12  # of one head of dimension 512 in SDPA on an H100
@@ -99,12 +106,14 @@ def convolution_rate(device: torch.device) -> float:
     x = torch.randn(10, 272, 272, 128, device=device, dtype=torch.float16)
     weight = torch.randn(128, 128, 3, 3, 3, device=device, dtype=torch.float16)
     weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    convolve = trusted_convolution(device, torch.float16)
+    out = convolved(convolve, x, weight)
     for _ in range(3):
-        out = conv3d(x, weight)
+        convolve(x, weight, out)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(10):
-        out = conv3d(x, weight)
+        convolve(x, weight, out)
     torch.cuda.synchronize()
     return 10 * 2 * 27 * 128 * 128 * out[..., 0].numel() / (time.perf_counter() - start)
 
@@ -132,7 +141,8 @@ def bench_engine(options: argparse.Namespace, device: torch.device) -> None:
     config, chunking = VaeConfig(), DecodeChunking(int(options.device_gib * GIB), int(options.host_gib * GIB))
     rate = convolution_rate(device)
     chosen = trusted_convolution(device, torch.float16).__name__
-    print(f"conv3d 128->128: {rate / 1e12:.0f} TFLOP/s; used: {chosen}\n")
+    attends = trusted_attention(device, torch.float16).__name__
+    print(f"conv3d 128->128: {rate / 1e12:.0f} TFLOP/s; used: {chosen}, attention {attends}\n")
     print("| size | decoder | s | allocated | reserved | host RSS, GiB | predicted device / host | floor s |")
     print("|---|---|---|---|---|---|---|---|")
     with torch.device("meta"):
@@ -151,12 +161,75 @@ def bench_engine(options: argparse.Namespace, device: torch.device) -> None:
                     pass
 
             floor = floor_seconds(config, shape, rate)
-            row = measured(decode)
+            row = attempt(lambda: measured(decode))
             print(f"| {size}x{options.frames} | {name} | {row} | {need:.2f} / {held:.2f} | {floor:.2f} |", flush=True)
     if options.profile:
-        with torch.profiler.profile() as profile:
-            decode()
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
+        attempt(lambda: bench_attention(device))
+        for name in options.policies:
+            attempt(lambda: profiled(decoder, latent, POLICIES[name], chunking))  # noqa: B023
+
+
+def attempt(run: Callable[[], str | None]) -> str:
+    """What it returns; where it fails, the trace, and what else is asked for goes on."""
+    try:
+        return run() or ""
+    except Exception as error:  # noqa: BLE001, a bench says what went wrong and goes on
+        traceback.print_exc()
+        return f"{type(error).__name__} | | | "
+
+
+def profiled(decoder: torch.nn.Module, latent: torch.Tensor, policy: Policy, chunking: DecodeChunking) -> None:
+    """Seconds of each segment by CUDA events, over all tiles; then the kernels."""
+    marks: list[tuple[tuple[int, int] | None, torch.cuda.Event]] = []
+
+    def mark(step: Step | None) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append((None if step is None else (step.segment.first, step.segment.last), event))
+
+    start, shape = time.perf_counter(), Shape(*latent.shape[1:])
+    decode_bytes(decoder.config, shape, policy, chunking, 2)
+    planned = time.perf_counter()
+    Engine(decoder).close()
+    torch.cuda.synchronize()
+    ready = time.perf_counter()
+    for _ in decode_frames(decoder, latent, policy, chunking, mark):
+        pass
+    torch.cuda.synchronize()
+    print(f"\n{policy.name}: planning {planned - start:.2f} s, engine {ready - planned:.2f} s, ", end="")
+    print(f"decoding {time.perf_counter() - ready:.2f} s; segments:\n\n| stages | s |\n|---|---|")
+    seconds: dict[tuple[int, int], float] = {}
+    for (segment, event), (_, following) in itertools.pairwise(marks):
+        if segment is not None:
+            seconds[segment] = seconds.get(segment, 0) + event.elapsed_time(following) / 1e3
+    for (first, last), taken in seconds.items():
+        names = ", ".join(f"{s.kind} {s.inputs}>{s.outputs}" for s in stages(decoder.config)[first:last])
+        print(f"| {first}-{last}: {names} | {taken:.3f} |")
+    print(f"| all | {sum(seconds.values()):.3f} |")
+    stats = torch.cuda.memory_stats()
+    print(f"allocator: {stats['num_alloc_retries']} retries, {stats['num_ooms']} out of memory\n")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in decode_frames(decoder, latent, policy, chunking):
+            pass
+        torch.cuda.synchronize()
+    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=90))
+
+
+def bench_attention(device: torch.device) -> None:
+    """One frame of 90x160 against 33, both ways."""
+    shape, channels = Shape(33, 90, 160), 512
+    at = attention_layout(shape, channels, 2, on_host=False)
+    room = Room(torch.empty(at.size, dtype=torch.uint8, device=device), torch.float16)
+    q, k, v = (room.at(place, (n, channels)) for place, n in ((at.q, 14400), (at.k, 475200), (at.v, 475200)))
+    for tensor in (q, k, v):
+        tensor.normal_()
+    for attend in (fused, by_products):
+        attend(q, k, v, room, at)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        attend(q, k, v, room, at)
+        torch.cuda.synchronize()
+        print(f"attention {attend.__name__}: {(time.perf_counter() - start) * 1e3:.0f} ms")
 
 
 def bench_encoder(size: str, device: torch.device) -> None:
@@ -197,7 +270,7 @@ def main() -> None:
     parser.add_argument("--device-gib", type=float, default=DecodeChunking().device_bytes / GIB)
     parser.add_argument("--host-gib", type=float, default=DecodeChunking().host_bytes / GIB)
     parser.add_argument("--diffusers", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="the kernels of the last size and policy")
+    parser.add_argument("--profile", action="store_true", help="where the time of the last size goes")
     options = parser.parse_args()
     device = pick_device("cuda")
     print(describe(device))

@@ -9,7 +9,7 @@ from lowvram_i2v.vae import engine as engine_module
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.engine import Engine
-from lowvram_i2v.vae.planning import decode_bytes, host_bytes, plan_route, walk, weight_bytes
+from lowvram_i2v.vae.planning import decode_bytes, fixed_bytes, host_bytes, plan_route, walk, weight_bytes
 from lowvram_i2v.vae.policy import POLICIES, DecodeChunking
 from lowvram_i2v.vae.route import Shape
 
@@ -29,13 +29,12 @@ def peak_of(run):
     return most
 
 
-def only_the_result(x, weight):
-    """A convolution's allocation: libraries for the CPU make copies of their own beside it."""
-    frames, rows, columns = (x.shape[axis] - weight.shape[axis + 2] + 1 for axis in range(3))
-    return x.new_zeros(frames, rows, columns, len(weight))
+def only_the_result(x, weight, out):
+    """A convolution without the copies that libraries for the CPU make."""
+    out.zero_()
 
 
-@pytest.mark.parametrize("mib", [6, 9, 12])
+@pytest.mark.parametrize("mib", [7, 10, 13])
 @pytest.mark.parametrize("shape", [(5, 8, 8), (3, 4, 12), (1, 16, 16)])
 def test_predicted_against_allocated(shape, mib, monkeypatch):
     """In float32 on the CPU, all kept on the "device"."""
@@ -47,10 +46,11 @@ def test_predicted_against_allocated(shape, mib, monkeypatch):
         steps = list(walk(CONFIG, Shape(*shape), policy, chunking, 4))
     except ResourceError:
         pytest.skip("too little memory")
-    predicted = max(step.device_bytes for step in steps) - weight_bytes(CONFIG, 4)
+    piece = max(step.piece for step in steps)
+    assert fixed_bytes(CONFIG, Shape(*shape), 4) + piece == max(step.device_bytes for step in steps)
     engine, latent = Engine(decoder), torch.randn(8, *shape)
-    measured = peak_of(lambda: engine.run(latent, [step.segment for step in steps]))
-    assert 0.9 * measured < predicted < 1.1 * measured  # of a few MB: moments and single frames count here
+    measured = peak_of(lambda: engine.run(latent, steps))
+    assert piece <= measured < 1.25 * piece  # of a few MB: moments and single frames count here
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -58,8 +58,7 @@ def test_predicted_against_allocated(shape, mib, monkeypatch):
 @pytest.mark.parametrize("size", [(33, 90, 160), (33, 68, 120), (33, 64, 64), (17, 45, 80), (1, 90, 160)])
 def test_the_budget_holds(policy, gib, size):
     chunking, shape = DecodeChunking(int(gib * GIB)), Shape(*size)
-    tile_borders = GIB // 4
-    assert decode_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.device_bytes + tile_borders
+    assert decode_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.device_bytes
     assert host_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.host_bytes
 
 

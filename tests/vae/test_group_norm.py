@@ -53,6 +53,7 @@ def test_only_the_rows_asked_for_are_measured():
 INTERPRETED = """
 import torch
 from lowvram_i2v.kernels import group_norm as plain, group_norm_triton as fused
+from lowvram_i2v.kernels import softmax_step as step, softmax_step_triton
 
 torch.manual_seed(0)
 for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
@@ -76,6 +77,41 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
                 torch.testing.assert_close(b, a, atol=limit, rtol=limit)
                 for one, other in zip(ours.affine(ones, ones, 1e-6), theirs.affine(ones, ones, 1e-6)):
                     torch.testing.assert_close(one, other, atol=limit, rtol=limit)
+
+x, bias = torch.randn(2, 5, 7, 8), torch.randn(8)
+ours, theirs, before = plain.Moments(4, x.device), plain.Moments(4, x.device), x.clone()
+plain.measure(x, bias, theirs, slice(1, 4))
+fused.add_and_measure(x, bias, None, ours, slice(1, 4), store=False)
+torch.testing.assert_close(ours.state, theirs.state, atol=1e-5, rtol=1e-5)
+assert torch.equal(x, before)
+
+for time, first, dropped in ((1, 0, 0), (2, 0, 1), (2, 3, 0), (2, 4, 1)):
+    top = -1 if not first else (first - 1) // 2
+    phases, spread = torch.randn(3, 4, 6, time * 32), plain.Phases(time, first, top, dropped)
+    a = torch.zeros(time * 3 - dropped, 5, 10, 8)
+    b, ours, theirs = a.clone(), plain.Moments(4, a.device), plain.Moments(4, a.device)
+    plain.interleave(a, phases, spread, bias, theirs, slice(1, 4))
+    fused.interleave(b, phases, spread, bias, ours, slice(1, 4))
+    torch.testing.assert_close(b, a)
+    torch.testing.assert_close(ours.state, theirs.state, atol=1e-5, rtol=1e-5)
+
+counts, means, squares = torch.randint(0, 9, (70,)).float(), torch.randn(70, 48) + 5, torch.rand(70, 48)
+theirs, ours = plain.Moments(3, x.device), torch.zeros(3, 3, dtype=torch.float64)
+for _ in range(2):
+    theirs.add(counts, means, squares)
+    fused.merge(ours, counts, means, squares)
+torch.testing.assert_close(ours, theirs.state)
+
+total, highest, sums, values = torch.zeros(6, 5), torch.full((6,), -torch.inf), torch.zeros(6), torch.randn(18, 5)
+scores, mine = torch.randn(6, 18) * 9, [total.clone(), highest.clone(), sums.clone()]
+for part in (slice(0, 9), slice(9, 18)):
+    for run, state in ((step.softmax_step, (total, highest, sums)), (softmax_step_triton.softmax_step, mine)):
+        weights = torch.empty(6, 9)
+        run(scores[:, part].contiguous(), 0.3, weights, *state)
+        state[0].add_(weights @ values[part])
+expected = torch.softmax(scores * 0.3, 1) @ values
+torch.testing.assert_close(total / sums[:, None], expected)
+torch.testing.assert_close(mine[0] / mine[2][:, None], expected)
 """
 
 
