@@ -3,10 +3,10 @@
     w8a16   the weight is dequantized to 16 bits once for many calls, and the product is the ordinary one
     w8a8    activations are quantized too, a scale for each token, and the product is made of 8-bit numbers
 
-Invariant: this file needs no torch, so that the planner can count before anything is loaded. `quant_linear.opened`
-allocates what is counted here: on a GPU in every dtype; on a CPU in float32 (operations on mixed dtypes make copies
-there), but for fp8 products, which a CPU makes of float32 copies. Left out: what a matrix library keeps for itself
-(cuBLAS up to 32 MiB).
+Invariant: this file needs no torch, so that the planner can count before anything is loaded. What is counted here is
+what torch's ways allocate, on a GPU in every dtype, on a CPU in float32 (operations on mixed dtypes make copies there),
+but for fp8 products, which a CPU makes of float32 copies; our own kernels take less. Left out: what a matrix library
+keeps for itself (cuBLAS up to 32 MiB).
 """
 
 from __future__ import annotations
@@ -98,21 +98,42 @@ def product_rows(tokens: int, out: int) -> int:
 
 
 def _int8(shape: tuple[int, int], tokens: int, element: int) -> Scratch:
-    """The bias in float32. Then for each part of the tokens its codes and scales, beside them the quotients that become
-    codes, and later the product."""
-    out, into = shape
-    rows = product_rows(tokens, out)
-    padded = max(rows, FEWEST_ROWS)
-    codes = padded * into + rows * 4
-    return Scratch(out * 4 if element != 4 else 0, codes + max(chunks.piece(rows, into) * 4, padded * out * 4))
+    """The bias in float32."""
+    return Scratch(shape[0] * 4 if element != 4 else 0, _call("int8", shape, tokens, element))
 
 
 def _fp8(shape: tuple[int, int], tokens: int, element: int) -> Scratch:
-    """The scale once for each output. All tokens' codes and scales; beside them, before there is a result, the
-    quotients that become codes."""
+    """The scale once for each output."""
+    return Scratch(shape[0] * 4, _call("fp8", shape, tokens, element))
+
+
+def _call(scheme: str, shape: tuple[int, int], tokens: int, element: int) -> int:
+    """The tokens' codes; beside them, before there is a result, the quotients that become codes, later the product."""
     out, into = shape
     quotients = chunks.piece(tokens, into) * 4 - tokens * out * element
-    return Scratch(out * 4, tokens * into + tokens * 4 + max(0, quotients))
+    return codes_bytes(tokens, into) + max(0, quotients, product_bytes(scheme, shape, tokens))
+
+
+def codes_bytes(rows: int, width: int) -> int:
+    """Of rows as 8-bit codes, with their scales."""
+    return rows * width + rows * 4
+
+
+def product_bytes(scheme: str, shape: tuple[int, int], tokens: int) -> int:
+    """Most that a product of codes takes beside its result: torch's of int8, for each part of the tokens, the integers
+    and, of few rows, a copy with more. Others make their result at once; our own kernels all do."""
+    if scheme != "int8" or not tokens:
+        return 0
+    out, into = shape
+    rows = product_rows(tokens, out)
+    return max(rows, FEWEST_ROWS) * out * 4 + (FEWEST_ROWS * into if rows < FEWEST_ROWS else 0)
+
+
+def gated_bytes(scheme: str, shape: tuple[int, int], tokens: int, element: int) -> int:
+    """Most that a product takes that is added to a residual, part by part: the integers, which become its floats, or
+    the product. Our own kernels take nothing."""
+    rows = product_rows(tokens, shape[0])
+    return product_bytes(scheme, shape, tokens) if scheme == "int8" else rows * shape[0] * element
 
 
 def refusal(compute: str, scheme: str | None, device: torch.device) -> str | None:

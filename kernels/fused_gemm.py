@@ -28,9 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_i2v.kernels.fused_rows import codes_of_known, gelu_tanh, on_device, row_codes
-from lowvram_i2v.kernels.row_codes import Codes
-from lowvram_i2v.kernels.w8a8 import OpenWeight
+from lowvram_i2v.kernels.fused_rows import codes_of_known, gelu_codes, gelu_tanh, on_device
+from lowvram_i2v.kernels.w8a8 import Codes, OpenWeight, by_library, torch_linear
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,14 @@ class Tile:
     two_level: bool = False
 
 
+TILES = {
+    (9, torch.int8): Tile(128, 256, 128, 8, 3),
+    (9, torch.float8_e4m3fn): Tile(128, 256, 128, 8, 3),
+}
+"""Major compute capability and codes -> tile; TILE for all others."""
+
 TILE = Tile(128, 256, 64, 8, 4)
-HOPPER = {torch.int8: Tile(128, 256, 128, 8, 3), torch.float8_e4m3fn: Tile(128, 256, 128, 8, 3)}
-"""TILE fits the 99 KB of shared memory of RTX 30, 40 and 50: compiled for them by the tests, timed by nobody yet."""
+"""Fits the 99 KB of shared memory of RTX 30, 40 and 50: compiled for them by the tests, timed by nobody yet."""
 
 GROUP = 8
 """Row tiles that share their columns' weights in the L2 cache."""
@@ -142,18 +146,17 @@ def product_kernel(
 
 def linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
     """As `row_codes.linear`."""
+    if by_library("linear", x.codes.dtype, x.codes.device):
+        return torch_linear(x, weight, dtype)
     out = torch.empty(len(x.codes), len(weight.codes), dtype=dtype, device=x.codes.device)
     launch(x, weight, out)
     return out
 
 
-def linear_of_rows(x: Tensor, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
-    """x [rows, in] in 16 or 32 bits; under the signature of `w8a8.WAYS`."""
-    return linear(row_codes(x, weight.codes.dtype), weight, dtype)
-
-
 def linear_gelu_codes(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Codes:
     """As `row_codes.linear_gelu_codes`."""
+    if by_library("linear_gelu_codes", x.codes.dtype, x.codes.device):
+        return gelu_codes(torch_linear(x, weight, dtype), x.codes.dtype)
     rows, device = len(x.codes), x.codes.device
     made = torch.empty(rows, len(weight.codes), dtype=dtype, device=device)
     largest = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -199,7 +202,7 @@ def launch(
 
 def tile_for(dtype: torch.dtype, major: int) -> Tile:
     """The tile for codes of a dtype on a card of this major compute capability."""
-    return HOPPER[dtype] if major == 9 else TILE
+    return TILES.get((major, dtype), TILE)
 
 
 def sums(dtype: torch.dtype, tile: Tile, major: int) -> str:

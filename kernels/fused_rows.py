@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_i2v.kernels.row_codes import Codes
-from lowvram_i2v.kernels.w8a8 import LARGEST
+from lowvram_i2v.kernels.w8a8 import LARGEST, Codes
 
 EPS = tl.constexpr(1e-6)
 SMALLEST = tl.constexpr(2.0**-126)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowvram_i2v.kernels.chunks import row_chunks
 from lowvram_i2v.kernels.ops import PLAIN, Ops
-from lowvram_i2v.kernels.row_codes import Codes
-from lowvram_i2v.kernels.w8a8 import LARGEST, OpenWeight
+from lowvram_i2v.kernels.w8a8 import LARGEST, Codes, OpenWeight
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 COARSE = {torch.int8: 0.01, torch.float8_e4m3fn: 0.04}
@@ -62,14 +62,18 @@ class Inputs:
         return whole[:, :width].copy_(drawn.to(self.rounded))
 
     def vectors(self) -> Tensor:
-        return self.normal(2, self.sizes.hidden, scale=0.5)
+        """In float32, as a prediction in chunks has them: what a kernel is compiled for here serves there."""
+        return self.normal32(2, self.sizes.hidden).mul_(0.5)
 
     def weight(self, out: int, into: int, codes: torch.dtype) -> OpenWeight:
         """A weight whose product with values of unit size has about unit size."""
         spread = LARGEST[codes] / 4
-        values = self.normal32(out, into).mul_(spread).clamp_(-LARGEST[codes], LARGEST[codes])
+        stored = torch.empty(out, into, dtype=codes, device=self.device)
+        for rows in row_chunks(out, into):  # a card that is filled to its budget has no room for more
+            values = self.normal32(rows.stop - rows.start, into).mul_(spread).clamp_(-LARGEST[codes], LARGEST[codes])
+            stored[rows] = values.round_() if codes == torch.int8 else values
         scale = self.normal32(1, out).abs_().add_(0.5).div_(spread * into**0.5)
-        return OpenWeight((values.round_() if codes == torch.int8 else values).to(codes), scale, self.normal(out))
+        return OpenWeight(stored, scale, self.normal32(out) if codes == torch.int8 else self.normal(out))
 
     def codes(self, width: int, codes: torch.dtype) -> Codes:
         return PLAIN.row_codes(self.rows(width), codes)
@@ -208,17 +212,22 @@ def bound(case: Case, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def faults(
-    ops: Ops, sizes: Sizes, device: torch.device, dtype: torch.dtype, only: Collection[str] | None = None
+    ops: Ops,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    only: Collection[str] | None = None,
+    codes: Collection[torch.dtype] = tuple(LARGEST),
 ) -> dict[str, str]:
     """Op -> what is wrong with it on this device; for `ops.choose(device, refused=faults)`. Waits for the device.
 
-    only: names of the ops that are looked at; None for all.
+    only: names of the ops that are looked at; None for all. codes: the 8-bit dtypes that they are tried with.
     """
     found = {}
     for name, case in CASES.items():
         if case.codes == torch.float8_e4m3fn and not multiplies_fp8(device):
             continue
-        if only is not None and case.op not in only:
+        if (only is not None and case.op not in only) or (case.codes is not None and case.codes not in codes):
             continue
         try:
             distance = error(case, ops, sizes, device, dtype)

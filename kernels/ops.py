@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lowvram_i2v.errors import PlatformError
 from lowvram_i2v.kernels import modulate, qk_norm_rope, row_codes
-from lowvram_i2v.kernels.row_codes import Codes
-from lowvram_i2v.kernels.w8a8 import OpenWeight
+from lowvram_i2v.kernels.w8a8 import Codes, OpenWeight
 
 OLDEST_CARD = (8, 0)
 Rope = tuple[Tensor, Tensor]

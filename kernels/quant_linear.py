@@ -8,6 +8,7 @@ Whoever calls a layer many times with the same weight opens it first (`opened`),
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,39 @@ from torch import Tensor, nn
 
 from lowvram_i2v.kernels import compute, w8a8
 from lowvram_i2v.kernels.scheme import Parts, QuantScheme
+from lowvram_i2v.kernels.w8a8 import OpenWeight
 
-Rows = Callable[[Tensor], Tensor]
-"""x [tokens, in] -> [tokens, out]: a layer ready for many calls."""
+
+@dataclass(frozen=True)
+class Opened:
+    """A linear layer ready for many calls with the same weight: x [tokens, in] of `dtype` -> [tokens, out] of it.
+
+    weight: [out, in] in `dtype`; or the stored codes, then the layer multiplies 8-bit rows, and who makes its rows may
+    hand them to the ops of `ops.py` in that form (`codes`, `stored`).
+    """
+
+    weight: Tensor | OpenWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def codes(self) -> torch.dtype | None:
+        """Of the rows that the layer multiplies: the dtype of their codes, None for rows as they are."""
+        return self.weight.codes.dtype if isinstance(self.weight, OpenWeight) else None
+
+    @property
+    def stored(self) -> OpenWeight:
+        """The weight of a layer that has `codes`."""
+        assert isinstance(self.weight, OpenWeight)
+        return self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, Tensor):
+            return F.linear(x, self.weight, self.bias)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("8-bit products have no derivative: train with the compute w8a16")
+        with torch.no_grad():
+            return w8a8.linear(x, self.weight, self.dtype)
 
 
 class QuantLinear(nn.Module):
@@ -48,36 +79,25 @@ class QuantLinear(nn.Module):
         )
 
 
-def opened(layer: nn.Module, dtype: torch.dtype, rows: slice = slice(None)) -> Rows:
+def opened(layer: nn.Module, dtype: torch.dtype, rows: slice = slice(None)) -> Opened:
     """A linear layer made ready for many calls with the same weight, on x [tokens, in] of `dtype`, the result's too.
 
     A quantized weight is dequantized once, or in w8a8 not at all; what that takes (`compute.scratch`) is free again
-    when the callable is dropped. The layer's weight must stay in place as long. rows: consecutive output features.
+    when the result is dropped. The layer's weight must stay in place as long. rows: consecutive output features.
     """
     if not isinstance(layer, QuantLinear):
         assert isinstance(layer, nn.Linear)
-        return _linear(layer.weight[rows].to(dtype), layer.bias, rows)
+        return _opened(layer.weight[rows].to(dtype), layer.bias, rows)
     first, end, step = rows.indices(layer.out_features)
     assert step == 1
     if compute.is_8_bit(layer.scheme.name, layer.compute, (end - first, layer.in_features)):
-        return _without_derivative(w8a8.prepared(layer.scheme.name, layer.parts(), layer.bias, dtype, rows))
+        return Opened(w8a8.prepared(layer.scheme.name, layer.parts(), layer.bias, rows), None, dtype)
     shape = (layer.out_features, layer.in_features)
-    return _linear(layer.scheme.dequantize(layer.parts(), dtype, shape, rows), layer.bias, rows)
+    return _opened(layer.scheme.dequantize(layer.parts(), dtype, shape, rows), layer.bias, rows)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, rows: slice) -> Rows:
-    part = None if bias is None else bias[rows].to(weight.dtype)
-    return lambda x: F.linear(x, weight, part)
-
-
-def _without_derivative(linear: Rows) -> Rows:
-    def call(x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("8-bit products have no derivative: train with the compute w8a16")
-        with torch.no_grad():
-            return linear(x)
-
-    return call
+def _opened(weight: Tensor, bias: Tensor | None, rows: slice) -> Opened:
+    return Opened(weight, None if bias is None else bias[rows].to(weight.dtype), weight.dtype)
 
 
 def set_compute(module: nn.Module, name: str, only: Callable[[str], bool] = lambda layer: True) -> None:

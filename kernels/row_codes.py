@@ -1,35 +1,29 @@
-"""Rows as 8-bit codes, and products of them: the plain-torch definitions of the ops that `fused_rows` and `fused_gemm`
-do in one kernel each, under the same names.
+"""Rows as 8-bit codes, and products of them: the plain-torch forms of the ops that `fused_rows` and `fused_gemm` do in
+one kernel each, under the same names.
 
 Invariants: codes are made from float32 values, before any rounding to 16 bits: value / scale, scale = largest magnitude
-/ 127 for int8 (rounded half to even) or / 448 for e4m3. A row of zeros has the smallest normal scale. Sums of code
-products are exact here (float64 holds them all), so this is the oracle, not a fast path.
+/ 127 for int8 (rounded half to even) or / 448 for e4m3. A row of zeros has the smallest normal scale. Sums of int8
+products are exact. With float32 results this is the oracle of the fused forms, on every device; on a card where those
+do not run it takes their place, so float32 copies are made of some rows at a time only (`compute.py` counts them).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lowvram_i2v.kernels.chunks import SMALLEST
-from lowvram_i2v.kernels.modulate import gated_residual_, layer_norm_modulate
-from lowvram_i2v.kernels.w8a8 import LARGEST, OpenWeight
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Rows in 8 bits: codes [rows, width] int8 or e4m3, scale [rows] float32; row = codes * scale."""
-
-    codes: Tensor
-    scale: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Codes:
-        codes = torch.empty(rows, width, dtype=dtype, device=device)
-        return cls(codes, torch.empty(rows, dtype=torch.float32, device=device))
+from lowvram_i2v.kernels.chunks import row_chunks
+from lowvram_i2v.kernels.modulate import gated_residual_, layer_norm_modulate_into
+from lowvram_i2v.kernels.w8a8 import (
+    Codes,
+    OpenWeight,
+    product_parts,
+    quantize_tokens,
+    quantized,
+    token_scales,
+    torch_linear,
+    torch_values,
+)
 
 
 def gelu(x: Tensor, out: Tensor) -> None:
@@ -39,40 +33,57 @@ def gelu(x: Tensor, out: Tensor) -> None:
 
 def row_codes(x: Tensor, dtype: torch.dtype) -> Codes:
     """x [rows, width] as codes."""
-    values, largest = x.float(), LARGEST[dtype]
-    scale = (values.abs().amax(1) / largest).clamp_min(SMALLEST)
-    scaled = (values / scale[:, None]).clamp_(-largest, largest)
-    return Codes((scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale)
+    return quantized(x, dtype)
 
 
 def layer_norm_modulate_codes(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, dtype: torch.dtype) -> Codes:
     """`modulate.layer_norm_modulate` of x [rows, width], as codes."""
-    return row_codes(layer_norm_modulate(x.float(), shift, scale, first_tokens), dtype)
+    made = Codes.empty(len(x), x.shape[1], dtype, x.device)
+    for rows in row_chunks(*x.shape):
+        normed = torch.empty(x[rows].shape, dtype=torch.float32, device=x.device)
+        layer_norm_modulate_into(x[rows], shift, scale, first_of(rows, first_tokens), normed)
+        made.scale[rows] = token_scales(normed, dtype)[:, 0]
+        quantize_tokens(normed, made.scale[rows, None], made.codes[rows])
+        del normed  # before the next are made
+    return made
 
 
 def gelu_codes(hidden: Tensor, dtype: torch.dtype, beside: Tensor | None = None) -> Codes:
     """Rows [beside | GELU(hidden)] as codes, one scale for both: what a single block's second linear layer reads."""
-    made = F.gelu(hidden.float(), approximate="tanh")
-    return row_codes(made if beside is None else torch.cat([beside.float(), made], dim=1), dtype)
+    before = 0 if beside is None else beside.shape[1]
+    made = Codes.empty(len(hidden), before + hidden.shape[1], dtype, hidden.device)
+    for rows in row_chunks(*hidden.shape):
+        values = hidden[rows].to(torch.float32, copy=True)
+        gelu(values, values)
+        scale = token_scales(values, dtype)
+        if beside is not None:
+            scale = torch.maximum(scale, token_scales(beside[rows], dtype))
+            quantize_tokens(beside[rows], scale, made.codes[rows, :before])
+        quantize_tokens(values, scale, made.codes[rows, before:])
+        made.scale[rows] = scale[:, 0]
+        del values  # before the next are made
+    return made
 
 
 def linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
     """x [rows, in] times the weight, plus bias -> [rows, out] in `dtype`."""
-    return product(x, weight).to(dtype)
+    return torch_linear(x, weight, dtype)
 
 
 def linear_gelu_codes(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Codes:
-    """GELU of `linear`, as codes again; between the two it is in `dtype`, as the fused form holds it."""
-    return row_codes(F.gelu(product(x, weight), approximate="tanh").to(dtype), x.codes.dtype)
+    """GELU of `linear`, as codes again; between the two it is in `dtype`."""
+    return gelu_codes(linear(x, weight, dtype), x.codes.dtype)
 
 
 def linear_gated_residual_(residual: Tensor, x: Codes, weight: OpenWeight, gate: Tensor, first_tokens: int = 0) -> None:
-    """residual [rows, out] += gate * linear, rounded once; the first-frame rule is that of `gated_residual_`."""
-    gated_residual_(residual, product(x, weight), gate, first_tokens)
+    """residual [rows, out] += gate * linear; the first-frame rule is that of `gated_residual_`."""
+    for rows in product_parts(*residual.shape):
+        y = torch_values(x.part(rows), weight, residual.dtype)
+        gated_residual_(residual[rows], y, gate, first_of(rows, first_tokens))
+        del y  # before the next are made
 
 
-def product(x: Codes, weight: OpenWeight) -> Tensor:
-    """float32 [rows, out]."""
-    sums = x.codes.double() @ weight.codes.double().t()
-    made = sums * x.scale.double()[:, None] * weight.scale.double().reshape(1, -1)
-    return (made if weight.bias is None else made + weight.bias.double()).float()
+def first_of(rows: slice, first_tokens: int) -> int:
+    """How many of a range of rows belong to the first frame."""
+    start, stop = int(rows.start), int(rows.stop)
+    return min(max(first_tokens - start, 0), stop - start)

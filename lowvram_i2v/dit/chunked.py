@@ -9,9 +9,13 @@ Everything but attention looks at one token at a time, so a block is three sweep
 A layer's weight is made ready (`opened`) once a sweep and serves all its chunks. A single block's first linear layer is
 used in two parts: the rows that make q, k, v in sweep 1, those of the MLP in sweep 3, where the norm is computed again.
 
+Between layers, `Rows` are in the form that the next layer multiplies: in the activations' dtype (w8a16), or as 8-bit
+codes with a scale each (w8a8), made in the same pass as what comes before them (norm and modulate, GELU). The steps of
+`Prediction` make either; the way through a block is one.
+
 Invariants: x and q are changed in place; a chunk's temporaries are gone before the next chunk begins, and their peak is
 what `workspace.activation_bytes` says; nothing waits for the device; the result depends on the chunks' size by rounding
-only. No autograd. The element-wise ops are those of the workspace's table, so that fused kernels can take their places.
+only. No autograd. The ops are those of the workspace's table, so that fused kernels can take their places.
 """
 
 from __future__ import annotations
@@ -29,10 +33,25 @@ from lowvram_i2v.dit.conditioning import StreamModulation
 from lowvram_i2v.dit.embedders import Mlp, PatchEmbedder
 from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.kernels.ops import Ops
-from lowvram_i2v.kernels.quant_linear import opened
+from lowvram_i2v.kernels.quant_linear import Opened, opened
+from lowvram_i2v.kernels.w8a8 import Codes
 
-OPS = ("layer_norm_modulate", "gated_residual_", "qkv_norm_rope", "gelu")
+OPS = (
+    "layer_norm_modulate",
+    "gated_residual_",
+    "qkv_norm_rope",
+    "gelu",
+    "row_codes",
+    "layer_norm_modulate_codes",
+    "gelu_codes",
+    "linear",
+    "linear_gelu_codes",
+    "linear_gated_residual_",
+)
 """The ops of the table that are used here: what has to be trusted on a card."""
+
+Rows = Tensor | Codes
+"""[rows, width], as the layer multiplies them that reads them next."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,8 @@ class Chunk:
 class Prediction:
     """One pass through all blocks: a workspace's buffers at this prompt's length, and what no block changes.
 
-    x [tokens, hidden]; q, k, v [tokens, heads, dim]; the first `image_tokens` of them are the image's.
+    x [tokens, hidden]; q, k, v [tokens, heads, dim]; the first `image_tokens` of them are the image's. The methods are
+    the steps of a chunk; `reader` is the layer that multiplies the rows that a step makes.
     """
 
     work: Workspace
@@ -70,16 +90,52 @@ class Prediction:
             first_tokens = min(max(self.first_tokens - start, 0), stop - start)
             yield Chunk(slice(start, stop), first_tokens, (cos[start:stop], sin[start:stop]))
 
-    def normed(self, chunk: Chunk, shift: Tensor, scale: Tensor) -> Tensor:
-        """The chunk of x, normed and modulated: [rows, hidden], valid until the next call."""
+    def normed(self, chunk: Chunk, shift: Tensor, scale: Tensor, reader: Opened) -> Rows:
+        """The chunk of x, normed and modulated."""
         x = self.x[chunk.rows]
-        out = self.work.normed[: len(x)]
+        if reader.codes is not None:
+            return self.ops.layer_norm_modulate_codes(x, shift, scale, chunk.first_tokens, reader.codes)
+        out = torch.empty_like(x)
         self.ops.layer_norm_modulate(x, shift, scale, chunk.first_tokens, out)
         return out
 
-    def add(self, chunk: Chunk, y: Tensor, gate: Tensor) -> None:
-        """x += gate * y."""
-        self.ops.gated_residual_(self.x[chunk.rows], y, gate, chunk.first_tokens)
+    def attended(self, chunk: Chunk, reader: Opened) -> Rows:
+        """The chunk's result of attention."""
+        attended = self.q[chunk.rows].flatten(1)
+        return attended if reader.codes is None else self.ops.row_codes(attended, reader.codes)
+
+    def product(self, layer: Opened, rows: Rows) -> Tensor:
+        """layer(rows)."""
+        return layer(rows) if isinstance(rows, Tensor) else self.ops.linear(rows, layer.stored, layer.dtype)
+
+    def activated(self, layer: Opened, rows: Rows, reader: Opened) -> Rows:
+        """GELU(layer(rows))."""
+        if isinstance(rows, Codes) and layer.codes == reader.codes:
+            return self.ops.linear_gelu_codes(rows, layer.stored, layer.dtype)
+        inner = self.product(layer, rows)
+        if reader.codes is not None:
+            return self.ops.gelu_codes(inner, reader.codes, None)
+        self.ops.gelu(inner, inner)
+        return inner
+
+    def joint(self, chunk: Chunk, layer: Opened, rows: Rows, reader: Opened) -> Rows:
+        """The chunk's result of attention and, beside it, GELU(layer(rows))."""
+        attended, inner = self.q[chunk.rows].flatten(1), self.product(layer, rows)
+        if reader.codes is not None:
+            return self.ops.gelu_codes(inner, reader.codes, attended)
+        hidden = attended.shape[1]
+        out = inner.new_empty(len(inner), hidden + inner.shape[1])
+        out[:, :hidden] = attended
+        self.ops.gelu(inner, out[:, hidden:])
+        return out
+
+    def add(self, chunk: Chunk, layer: Opened, rows: Rows, gate: Tensor) -> None:
+        """x += gate * layer(rows)."""
+        x = self.x[chunk.rows]
+        if isinstance(rows, Tensor):
+            self.ops.gated_residual_(x, layer(rows), gate, chunk.first_tokens)
+        else:
+            self.ops.linear_gated_residual_(x, rows, layer.stored, gate, chunk.first_tokens)
 
 
 def begin(
@@ -129,11 +185,9 @@ def single_block(block: SingleBlock, run: Prediction, modulation: tuple[Tensor, 
     linear1 = opened(block.linear1, dtype, slice(3 * hidden, block.linear1.out_features))
     linear2 = opened(block.linear2, dtype)
     for chunk in run.chunks(whole):
-        normed = run.normed(chunk, shift, scale)
-        joint = run.work.joint[: len(normed)]
-        joint[:, :hidden] = run.q[chunk.rows].flatten(1)
-        run.ops.gelu(linear1(normed), joint[:, hidden:])
-        run.add(chunk, linear2(joint), gate)
+        joint = run.joint(chunk, linear1, run.normed(chunk, shift, scale, linear1), linear2)
+        run.add(chunk, linear2, joint, gate)
+        del joint
 
 
 def final_layer(linear: nn.Linear, run: Prediction, modulation: tuple[Tensor, ...]) -> Tensor:
@@ -142,7 +196,7 @@ def final_layer(linear: nn.Linear, run: Prediction, modulation: tuple[Tensor, ..
     values = opened(linear, run.work.dtype)
     out = torch.empty(run.image_tokens, linear.out_features, device=run.x.device, dtype=torch.float32)
     for chunk in run.chunks(range(run.image_tokens)):
-        out[chunk.rows] = values(run.normed(replace(chunk, first_tokens=0), shift, scale))
+        out[chunk.rows] = run.product(values, run.normed(replace(chunk, first_tokens=0), shift, scale, values))
     return out
 
 
@@ -158,7 +212,9 @@ def _project(
     q_weight, k_weight = (norm.weight.float() for norm in head_norms)
     for chunk in run.chunks(tokens):
         q, k, v = (x[chunk.rows] for x in (run.q, run.k, run.v))
-        run.ops.qkv_norm_rope(qkv(run.normed(chunk, *modulation)), q_weight, k_weight, chunk.rope, q, k, v)
+        made = run.product(qkv, run.normed(chunk, *modulation, qkv))
+        run.ops.qkv_norm_rope(made, q_weight, k_weight, chunk.rope, q, k, v)
+        del made
 
 
 def _attend(run: Prediction) -> None:
@@ -174,8 +230,7 @@ def _finish_double(
     """Sweep 3 of a double block: both residuals of the tokens."""
     proj, fc1, fc2 = (opened(layer, run.work.dtype) for layer in (projection, mlp.fc1, mlp.fc2))
     for chunk in run.chunks(tokens):
-        run.add(chunk, proj(run.q[chunk.rows].flatten(1)), modulation.gate1)
-        inner = fc1(run.normed(chunk, modulation.shift2, modulation.scale2))
-        run.ops.gelu(inner, inner)
-        run.add(chunk, fc2(inner), modulation.gate2)
+        run.add(chunk, proj, run.attended(chunk, proj), modulation.gate1)
+        inner = run.activated(fc1, run.normed(chunk, modulation.shift2, modulation.scale2, fc1), fc2)
+        run.add(chunk, fc2, inner, modulation.gate2)
         del inner

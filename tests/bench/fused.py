@@ -1,9 +1,9 @@
-"""The fused ops on this card, checked and timed beside torch's: `python tests/bench/fused.py`.
+"""The fused ops on this card, timed beside torch's: `python tests/bench/fused.py`. Under 60 s on an H100.
 
-Prints four tables: the relative L2 error of every op against plain torch in float32 at the model's sizes, beside that
-of plain torch in bfloat16; element-wise ops beside a copy of as many bytes; 8-bit products beside cuBLAS, `_int_mm` and
-`_scaled_mm`, for several tiles; and a block's whole MLP in chunks. About 100 s on an H100; kernels are compiled by one
-process for each core first.
+Prints three tables: element-wise ops beside a copy of as many bytes; 8-bit products at the model's shapes, with what
+follows them in the model, beside `_scaled_mm` and `_int_mm` and the same as passes of their own, for several tiles (a
+tile's name is its line in `fused_gemm.TILES`); and whole blocks in chunks, in 16 and in 8 bits. Kernels are compiled
+first, by one process for each core. Errors: `lowvram-i2v check-kernels`.
 """
 
 from __future__ import annotations
@@ -14,50 +14,87 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from quantized_blocks import quantize_blocks  # noqa: E402
+from step_inputs import Inputs as StepInputs  # noqa: E402
+from step_inputs import random_inputs  # noqa: E402
+
+from lowvram_i2v.attention.sdpa import attend as sdpa  # noqa: E402
 from lowvram_i2v.device import describe  # noqa: E402
-from lowvram_i2v.kernels import fused_gemm, fused_qkv, fused_rows, op_cases, ops, w8a8  # noqa: E402
+from lowvram_i2v.dit import chunked  # noqa: E402
+from lowvram_i2v.dit.config import TransformerConfig  # noqa: E402
+from lowvram_i2v.dit.transformer import HunyuanVideoTransformer  # noqa: E402
+from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
+from lowvram_i2v.kernels import fused_gemm, fused_rows, ops, w8a8  # noqa: E402
 from lowvram_i2v.kernels.fused_gemm import Tile  # noqa: E402
-from lowvram_i2v.kernels.op_cases import CASES, Inputs, Sizes  # noqa: E402
-from lowvram_i2v.kernels.row_codes import Codes  # noqa: E402
+from lowvram_i2v.kernels.op_cases import CASES, Inputs, Sizes, multiplies_fp8  # noqa: E402
+from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
+from lowvram_i2v.kernels.w8a8 import Codes  # noqa: E402
 
 CUDA, BF16, INT8, FP8 = torch.device("cuda"), torch.bfloat16, torch.int8, torch.float8_e4m3fn
 NAMES = {INT8: "int8", FP8: "fp8"}
 FUSED, PLAIN = ops.fused(), ops.PLAIN
 HIDDEN, MLP, HEADS, DIM = 3072, 12288, 24, 128
-
+FIRST = 1024
 TILES = {
-    INT8: [Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 4), Tile(128, 128, 128, 8, 4), Tile(256, 128, 128, 8, 3)],
-    FP8: [
+    9: [
         Tile(128, 256, 128, 8, 3),
         Tile(128, 256, 128, 8, 4),
-        Tile(128, 128, 128, 8, 4),
         Tile(256, 128, 128, 8, 3),
-        Tile(128, 128, 128, 8, 4, True),
-    ],
+        Tile(128, 128, 128, 8, 4),
+    ]
 }
-"""For Hopper, which has 228 KB of shared memory; other cards get the library's own."""
+SMALL = [
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 128, 64, 4, 4),
+    Tile(256, 128, 64, 8, 3),
+]
+"""For cards with 99 KB of shared memory."""
 
 
-def tiles(dtype: torch.dtype) -> list[Tile]:
-    major = torch.cuda.get_device_capability()[0]
-    return TILES[dtype] if major == 9 else [fused_gemm.tile_for(dtype, major)]
+@dataclass(frozen=True)
+class Shape:
+    """A product of the model: columns, depth, and what `product_kernel` does after it."""
+
+    name: str
+    columns: int
+    depth: int
+    then: str = ""
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median of a call, with cold caches."""
+SHAPES = [
+    Shape("q, k, v", 3 * HIDDEN, HIDDEN),
+    Shape("fc1, GELU, codes", MLP, HIDDEN, "gelu"),
+    Shape("fc2, gated residual", HIDDEN, MLP, "gated"),
+    Shape("linear2, gated residual", HIDDEN, HIDDEN + MLP, "gated"),
+]
+
+
+def dtypes() -> list[torch.dtype]:
+    return [INT8, FP8] if multiplies_fp8(CUDA) else [INT8]
+
+
+def tiles() -> list[Tile]:
+    return TILES.get(torch.cuda.get_device_capability()[0], SMALL)
+
+
+def milliseconds(call: Callable[[], object], rep: int = 30) -> float:
+    """Median of a call, with cold caches; rep: milliseconds of calls."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=8, rep=40, return_mode="median"))
+    return float(do_bench(call, warmup=8, rep=rep, return_mode="median"))
 
 
 def row(*cells: object) -> None:
@@ -71,47 +108,42 @@ def head(*cells: str) -> None:
     row(*["---"] * len(cells))
 
 
+def units() -> list[str]:
+    """What has to be compiled: ops, and tiles with what follows."""
+    found = [f"case:{name}" for name, case in CASES.items() if case.codes in (None, *dtypes())]
+    return [
+        f"{NAMES[dtype]}:{n}:{then}"
+        for dtype in dtypes()
+        for n in range(len(tiles()))
+        for then in ("", "gelu", "gated")
+    ] + found
+
+
 def compile_one(unit: str) -> None:
     """Runs one op, or one tile of a product, on a few rows, so that its kernels are in Triton's cache."""
     kind, _, name = unit.partition(":")
     if kind == "case":
         CASES[name].run(FUSED, Inputs(Sizes(256, 16), CUDA, BF16))
     else:
-        dtype, number = (INT8, FP8)[kind == "fp8"], int(name)
-        make = Inputs(Sizes(256, 16), CUDA, BF16)
-        out = torch.empty(256, MLP, dtype=BF16, device=CUDA)
-        fused_gemm.launch(make.codes(HIDDEN, dtype), make.weight(MLP, HIDDEN, dtype), out, tile=tiles(dtype)[number])
+        dtype, (number, then) = (INT8, FP8)[kind == "fp8"], name.split(":")
+        shape = next(shape for shape in SHAPES if shape.then == then)
+        Product(shape, 256, dtype).by_kernel(tiles()[int(number)])
     torch.cuda.synchronize()
 
 
 def compile_all() -> None:
-    start = time.perf_counter()
-    units = [f"case:{name}" for name in CASES]
-    units += [f"{NAMES[dtype]}:{n}" for dtype in (INT8, FP8) for n in range(len(tiles(dtype)))]
-    waiting, running = units[::-1], []
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 2):
-            unit = waiting.pop()
-            command = [sys.executable, __file__, "--compile", unit]
-            running.append((unit, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        for entry in [entry for entry in running if entry[1].poll() is not None]:
-            running.remove(entry)
-            if entry[1].returncode:
-                print(f"compiling {entry[0]} failed: {entry[1].communicate()[1][-300:]}")
-        time.sleep(0.05)
-    print(f"{len(units)} kernels compiled in {time.perf_counter() - start:.0f} s")
-
-
-def accuracy() -> None:
-    head("op, 2048 rows", "fused", "plain bf16")
-    sizes = Sizes(2048, 1500)
-    for name, case in CASES.items():
-        fused = op_cases.error(case, FUSED, sizes, CUDA, BF16)
-        row(name, fused, op_cases.error(case, PLAIN, sizes, CUDA, BF16))
+    start, waiting = time.perf_counter(), units()
+    cores = os.cpu_count() or 2
+    running = [
+        subprocess.Popen([sys.executable, __file__, "--compile", *waiting[n::cores]], text=True) for n in range(cores)
+    ]
+    for process in running:
+        process.wait()
+    print(f"{len(waiting)} ops and tiles compiled in {time.perf_counter() - start:.0f} s")
 
 
 def elementwise(rows: int) -> None:
-    make = Inputs(Sizes(rows, 1024), CUDA, BF16)
+    make = Inputs(Sizes(rows, FIRST), CUDA, BF16)
     x, y, vectors = make.normal(rows, HIDDEN), make.normal(rows, HIDDEN), make.vectors()
     out, hidden = torch.empty_like(x), make.normal(rows, MLP)
     qkv, weight = make.normal(rows, 3 * HIDDEN), make.normal32(DIM)
@@ -121,150 +153,198 @@ def elementwise(rows: int) -> None:
     bandwidth = 2 * hidden.nbytes / copied / 1e6
     short, long = x.nbytes, hidden.nbytes
     calls: list[tuple[str, int, Callable[[ops.Ops], object]]] = [
-        ("norm, modulate", 2 * short, lambda o: o.layer_norm_modulate(x, vectors, vectors, 1024, out)),
-        ("gated residual", 3 * short, lambda o: o.gated_residual_(x, y, vectors, 1024)),
+        ("norm, modulate", 2 * short, lambda o: o.layer_norm_modulate(x, vectors, vectors, FIRST, out)),
+        ("gated residual", 3 * short, lambda o: o.gated_residual_(x, y, vectors, FIRST)),
         ("q k norm, rotate", 6 * short, lambda o: o.qkv_norm_rope(qkv, weight, weight, rope, *outs)),
         ("gelu", 2 * long, lambda o: o.gelu(hidden, hidden)),
-        ("rows to int8", short * 3 // 2, lambda o: o.row_codes(x, INT8)),
-        (
-            "norm, modulate, to int8",
-            short * 3 // 2,
-            lambda o: o.layer_norm_modulate_codes(x, vectors, vectors, 9, INT8),
-        ),
-        ("norm, modulate, to fp8", short * 3 // 2, lambda o: o.layer_norm_modulate_codes(x, vectors, vectors, 9, FP8)),
-        ("gelu, to int8", long * 3 // 2, lambda o: o.gelu_codes(hidden, INT8, None)),
-        ("gelu, to fp8", long * 3 // 2, lambda o: o.gelu_codes(hidden, FP8, None)),
-        ("attended and gelu, to int8", (short + long) * 3 // 2, lambda o: o.gelu_codes(hidden, INT8, x)),
     ]
+    for dtype in dtypes():
+        name, bytes_of = NAMES[dtype], 3 / 2  # two read and one written, for every two
+        normed = partial(codes_of, "layer_norm_modulate_codes", x, vectors, vectors, FIRST, dtype)
+        calls += [
+            (f"rows to {name}", int(short * bytes_of), partial(codes_of, "row_codes", x, dtype)),
+            (f"norm, modulate, to {name}", int(short * bytes_of), normed),
+            (f"gelu, to {name}", int(long * bytes_of), partial(codes_of, "gelu_codes", hidden, dtype, None)),
+            (
+                f"attended and gelu, to {name}",
+                int((short + long) * bytes_of),
+                partial(codes_of, "gelu_codes", hidden, dtype, x),
+            ),
+        ]
     head(f"op, {rows} rows", "ms", "of the copy's bandwidth", "plain torch, ms")
     row("copy", copied, f"1.00 ({bandwidth:.0f} GB/s)", "")
     for name, moved, call in calls:
         took = milliseconds(partial(call, FUSED))
         row(name, took, moved / took / 1e6 / bandwidth, milliseconds(partial(call, PLAIN)))
-    for tokens in (1, 4, 8):
-        fused_qkv.TOKENS, kept = tokens, fused_qkv.TOKENS
-        took = milliseconds(partial(calls[2][2], FUSED))
-        row(f"q k norm, rotate: {tokens} tokens a program", took, calls[2][1] / took / 1e6 / bandwidth, "")
-        fused_qkv.TOKENS = kept
-    for warps in (2, 8):
-        fused_rows.warps, held = (lambda width, warps=warps: warps), fused_rows.warps
-        for name, moved, call in calls[:2]:
-            took = milliseconds(partial(call, FUSED))
-            row(f"{name}: {warps} warps", took, moved / took / 1e6 / bandwidth, "")
-        fused_rows.warps = held
 
 
-def separate_int8(x: Codes, weight: w8a8.OpenWeight, out: Tensor) -> Tensor:
-    """`_int_mm` and its epilogue as two more passes, in place."""
-    product = torch._int_mm(x.codes, weight.codes.t())
-    scaled = torch.mul(product, x.scale[:, None], out=product.view(torch.float32))
-    assert weight.bias is not None
-    return torch.addcmul(weight.bias.float(), scaled, weight.scale, out=out)
+def codes_of(op: str, *given: object) -> Codes:
+    """An op of the table that comes last."""
+    *arguments, table = given
+    return getattr(table, op)(*arguments)  # type: ignore[no-any-return]
 
 
-def scaled_mm(x: Codes, weight: w8a8.OpenWeight, fast: bool) -> Tensor:
-    scale = x.scale[:, None]
-    return torch._scaled_mm(
-        x.codes, weight.codes.t(), scale, weight.scale, bias=weight.bias, out_dtype=BF16, use_fast_accum=fast
-    )
+class Product:
+    """A product of the model on random rows, and what follows it: by our kernel, or by torch's library."""
 
+    def __init__(self, shape: Shape, rows: int, dtype: torch.dtype) -> None:
+        make = Inputs(Sizes(rows, FIRST), CUDA, BF16)
+        self.dtype, self.then = dtype, shape.then
+        self.x, self.weight = make.codes(shape.depth, dtype), make.weight(shape.columns, shape.depth, dtype)
+        self.out = torch.empty(rows, shape.columns, dtype=BF16, device=CUDA)
+        self.largest = torch.zeros(rows, dtype=torch.int32, device=CUDA)
+        self.residual, self.gate = make.normal(rows, HIDDEN), make.vectors()
 
-def products(rows: int, columns: int, depth: int) -> None:
-    head(f"product [{rows}, {depth}] x [{columns}, {depth}], bias", "TFLOP/s", "against torch", "relative L2")
-    make = Inputs(Sizes(rows, 1024), CUDA, BF16)
-    x, w = make.normal(rows, depth), make.normal(columns, depth)
-    row("bf16 cuBLAS", 2e-9 * rows * columns * depth / milliseconds(lambda: F.linear(x, w)), "", "")
-    for dtype in (INT8, FP8):
-        products_of(dtype, make.codes(depth, dtype), make.weight(columns, depth, dtype))
+    def by_kernel(self, tile: Tile) -> object:
+        run = partial(fused_gemm.launch, self.x, self.weight, tile=tile)
+        if self.then == "gated":
+            return run(self.residual, "gated", gate=self.gate, first_tokens=FIRST)
+        if self.then == "gelu":
+            run(self.out, "gelu", largest=self.largest.zero_())
+            return fused_rows.codes_of_known(self.out, self.largest, self.dtype)
+        return run(self.out)
 
+    def by_library(self) -> Tensor:
+        """With scales and bias: two more passes of an int8 product, in place."""
+        if self.dtype == FP8:
+            return w8a8.torch_linear(self.x, self.weight, BF16)
+        assert self.weight.bias is not None
+        product = torch._int_mm(self.x.codes, self.weight.codes.t())
+        scaled = torch.mul(product, self.x.scale[:, None], out=product.view(torch.float32))
+        return torch.addcmul(self.weight.bias, scaled, self.weight.scale, out=self.out)
 
-def products_of(dtype: torch.dtype, x: Codes, weight: w8a8.OpenWeight) -> None:
-    (rows, depth), columns, few = x.codes.shape, len(weight.codes), slice(0, 1024)
-    work = 2e-9 * rows * columns * depth
-    out = torch.empty(rows, columns, dtype=BF16, device=CUDA)
-    exact = PLAIN.linear(Codes(x.codes[few], x.scale[few]), weight, torch.float32)
+    def in_passes(self) -> object:
+        """What follows as our row kernels."""
+        made = self.by_library()
+        if self.then == "gated":
+            return fused_rows.gated_residual_(self.residual, made, self.gate, FIRST)
+        return fused_rows.gelu_codes(made, self.dtype) if self.then == "gelu" else made
 
-    def off(made: Tensor) -> float:
+    def alone(self, fast: bool = False) -> Tensor:
+        if self.dtype == INT8:
+            return torch._int_mm(self.x.codes, self.weight.codes.t())
+        given = self.x.codes, self.weight.codes.t(), self.x.scale[:, None], self.weight.scale
+        return torch._scaled_mm(*given, bias=self.weight.bias, out_dtype=BF16, use_fast_accum=fast)
+
+    def off(self, made: Tensor) -> float:
+        few = slice(0, 512)
+        exact = PLAIN.linear(self.x.part(few), self.weight, torch.float32)
         return float((made[few].float() - exact).norm() / exact.norm())
 
-    if dtype == INT8:
-        base = milliseconds(lambda: separate_int8(x, weight, out))
-        row("_int_mm, then scales and bias", work / base, 1.0, off(separate_int8(x, weight, out)))
-        alone = milliseconds(lambda: torch._int_mm(x.codes, weight.codes.t()))
-        row("_int_mm alone", work / alone, base / alone, "")
-    else:
-        base = milliseconds(lambda: scaled_mm(x, weight, False))
-        row("_scaled_mm", work / base, 1.0, off(scaled_mm(x, weight, False)))
-        fast = milliseconds(lambda: scaled_mm(x, weight, True))
-        row("_scaled_mm, fast accumulation", work / fast, base / fast, off(scaled_mm(x, weight, True)))
-    for tile in tiles(dtype):
-        shown = f"{NAMES[dtype]} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
-        shown += ", two-level" * tile.two_level
-        run = partial(fused_gemm.launch, x, weight, out, tile=tile)
-        try:
-            took = milliseconds(run)
-        except Exception as error:  # noqa: BLE001
-            row(shown, type(error).__name__, str(error)[:80], "")
-            continue
-        row(shown, work / took, base / took, off(out))
+
+def products(shape: Shape, rows: int) -> None:
+    head(
+        f"{shape.name}: [{rows}, {shape.depth}] x [{shape.columns}, {shape.depth}]",
+        "TFLOP/s",
+        "against the product alone",
+        "against library and passes",
+        "relative L2",
+    )
+    work = 2e-9 * rows * shape.columns * shape.depth
+    make = Inputs(Sizes(rows, FIRST), CUDA, BF16)
+    x, w = make.normal(rows, shape.depth), make.normal(shape.columns, shape.depth)
+    row("bf16 cuBLAS, alone", work / milliseconds(lambda: F.linear(x, w)), "", "", "")
+    for dtype in dtypes():
+        product = Product(shape, rows, dtype)
+        alone, passes = milliseconds(product.alone), milliseconds(product.in_passes)
+        library = "_int_mm" if dtype == INT8 else "_scaled_mm"
+        row(f"{library}, alone", work / alone, 1.0, passes / alone, "")
+        row(f"{library}, then passes", work / passes, alone / passes, 1.0, product.off(product.by_library()))
+        if dtype == FP8:
+            fast = milliseconds(partial(product.alone, True))
+            row(
+                f"{library}, fast accumulation",
+                work / fast,
+                alone / fast,
+                passes / fast,
+                product.off(product.alone(True)),
+            )
+        for tile in tiles():
+            run = partial(product.by_kernel, tile)
+            name = f"{NAMES[dtype]} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
+            name += " (in use)" * (tile == fused_gemm.tile_for(dtype, torch.cuda.get_device_capability()[0]))
+            try:
+                took = milliseconds(run)
+            except Exception as error:  # noqa: BLE001
+                row(name, type(error).__name__, str(error)[:80], "", "")
+                continue
+            row(name, work / took, alone / took, passes / took, "" if shape.then else product.off(product.out))
 
 
-def mlp(rows: int, chunk: int) -> None:
-    """norm + modulate, fc1, GELU, fc2, gated residual."""
-    head(f"MLP of {rows} rows in chunks of {chunk}", "ms", "TFLOP/s", "against bf16")
-    work = 4e-9 * rows * MLP * HIDDEN
-    make = Inputs(Sizes(rows, 1024), CUDA, BF16)
-    x, vectors = make.normal(rows, HIDDEN), make.vectors()
-    up, down = make.normal(MLP, HIDDEN), make.normal(HIDDEN, MLP)
-    normed = torch.empty(chunk, HIDDEN, dtype=BF16, device=CUDA)
-    parts = x.split(chunk)
+def blocks() -> None:
+    """A double and a single block at 512x512x129, 300 text tokens, chunks of 4096; attention is left out."""
+    config = TransformerConfig(double_blocks=1, single_blocks=1)
+    settings = {"size": (512, 512), "frames": 129, "steps": 1, "text_tokens": 300}
+    inputs = random_inputs(config, **settings, device=CUDA, dtype=BF16)
+    tokens = len(inputs.rope[0])
+    head(f"block without attention, {tokens} + 300 tokens", "double, ms", "single, ms", "20 and 40, s")
+    apart = replace(
+        FUSED, linear_gelu_codes=lambda x, w, to: FUSED.gelu_codes(FUSED.linear(x, w, to), x.codes.dtype, None)
+    )
+    kept = w8a8.LIBRARY
+    for scheme in [NAMES[dtype] for dtype in dtypes()]:
+        model = random_model(config)
+        quantize_blocks(model, scheme)
+        ways = [
+            ("w8a16, plain torch", "w8a16", PLAIN, kept),
+            ("w8a16, fused ops", "w8a16", FUSED, kept),
+            ("w8a8, plain torch", "w8a8", PLAIN, kept),
+            ("w8a8, fused, as chosen for this card", "w8a8", FUSED, kept),
+            ("w8a8, fused, all products ours", "w8a8", FUSED, set()),
+            ("w8a8, fused, all products ours, GELU a pass of its own", "w8a8", apart, set()),
+        ]
+        for name, compute, table, library in ways:
+            set_compute(model, compute)
+            w8a8.LIBRARY = library
+            work = Workspace(config, tokens, 300, Chunking(4096, HEADS), CUDA, BF16, table)
+            double, single = block_times(model, work, inputs)
+            row(f"{scheme} {name}", double, single, (20 * double + 40 * single) / 1e3)
+        w8a8.LIBRARY = kept
+    q, k, v = torch.randn(3, tokens + 300, HEADS, DIM, device=CUDA, dtype=BF16)
+    row("torch's attention, alone", *2 * [took := milliseconds(lambda: sdpa(q, k, v))], 60 * took / 1e3)
 
-    def wide(table: ops.Ops) -> None:
-        for part in parts:
-            table.layer_norm_modulate(part, vectors, vectors, 0, normed[: len(part)])
-            inner = F.linear(normed[: len(part)], up)
-            table.gelu(inner, inner)
-            table.gated_residual_(part, F.linear(inner, down), vectors, 0)
 
-    def narrow(dtype: torch.dtype, weights: list[w8a8.OpenWeight], epilogues: bool) -> None:
-        for part in parts:
-            read = FUSED.layer_norm_modulate_codes(part, vectors, vectors, 0, dtype)
-            if epilogues:
-                inner = FUSED.linear_gelu_codes(read, weights[0], BF16)
-                FUSED.linear_gated_residual_(part, inner, weights[1], vectors, 0)
-            else:
-                inner = FUSED.gelu_codes(FUSED.linear(read, weights[0], BF16), dtype, None)
-                FUSED.gated_residual_(part, FUSED.linear(inner, weights[1], BF16), vectors, 0)
+def random_model(config: TransformerConfig) -> HunyuanVideoTransformer:
+    with CUDA:
+        model = HunyuanVideoTransformer(config, lambda q, k, v: v).to(BF16).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
 
-    base = milliseconds(lambda: wide(PLAIN))
-    row("bf16, plain ops", base, work / base, 1.0)
-    took = milliseconds(lambda: wide(FUSED))
-    row("bf16, fused ops", took, work / took, base / took)
-    for dtype in (INT8, FP8):
-        weights = [make.weight(MLP, HIDDEN, dtype), make.weight(HIDDEN, MLP, dtype)]
-        for epilogues in (False, True):
-            took = milliseconds(partial(narrow, dtype, weights, epilogues))
-            shown = "fused into products" if epilogues else "ops between products"
-            row(f"{NAMES[dtype]}, {shown}", took, work / took, base / took)
+
+def block_times(model: HunyuanVideoTransformer, work: Workspace, inputs: StepInputs) -> tuple[float, float]:
+    step = replace(inputs.steps[0], modulation=inputs.steps[0].modulation.float())
+    first = len(inputs.rope[0]) // inputs.latents.shape[1]
+    run = chunked.begin(work, model.img_in, inputs.latents, step.txt, first, inputs.rope, model.attend)
+    blocks, double, single = list(model.blocks().values()), next(iter(step.double())), next(iter(step.single()))
+    return (
+        milliseconds(lambda: chunked.double_block(blocks[0], run, double), 100),
+        milliseconds(lambda: chunked.single_block(blocks[1], run, single), 100),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compile", help="one kernel; used by this program itself")
+    parser.add_argument("--compile", nargs="*", help="ops and tiles; used by this program itself")
     options = parser.parse_args()
-    if options.compile:
-        compile_one(options.compile)
+    if options.compile is not None:
+        for unit in options.compile:
+            try:
+                compile_one(unit)
+            except Exception as error:  # noqa: BLE001
+                print(f"{unit}: {type(error).__name__} {str(error)[:300]}", flush=True)
         return
     import triton
 
-    print(f"{describe(CUDA)}, Triton {triton.__version__}")
+    start = time.perf_counter()
+    print(f"{describe(CUDA)}, torch {torch.__version__}, Triton {triton.__version__}")
     compile_all()
-    accuracy()
     elementwise(34192)
-    products(32768, MLP, HIDDEN)
-    products(32768, HIDDEN, HIDDEN + MLP)
-    for chunk in (4096, 2048):
-        mlp(32768, chunk)
+    for shape in SHAPES:
+        for rows in (4096, 8192):
+            products(shape, rows)
+    blocks()
+    print(f"\n{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

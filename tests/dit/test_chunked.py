@@ -55,7 +55,7 @@ def small_inputs(model: HunyuanVideoTransformer, *, size: tuple[int, int], frame
 def workspace(config: TransformerConfig, image: int, text: int, rows: int, heads: int) -> Workspace:
     """Filled with what must not be read."""
     work = Workspace(config, image, text, Chunking(rows, heads), CPU, torch.float32)
-    for buffer in (work.x, work.q, work.k, work.v, work.normed, work.joint):
+    for buffer in (work.x, work.q, work.k, work.v):
         buffer.fill_(float("nan"))
     return work
 

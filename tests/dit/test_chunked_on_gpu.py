@@ -6,18 +6,17 @@ import gc
 
 import pytest
 import torch
+from quantized_blocks import quantize_blocks
 from step_inputs import Inputs, random_inputs
 from torch import nn
 
 from goldens import golden, names, relative_l2, transformer_config, transformer_weights
-from lowvram_i2v.dit.conditioning import is_conditioning
 from lowvram_i2v.dit.config import TransformerConfig
-from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
+from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.dit.workspace import Chunking, Workspace, activation_bytes
 from lowvram_i2v.kernels import compute as ways
 from lowvram_i2v.kernels.ops import PLAIN, choose
-from lowvram_i2v.kernels.quant_linear import QuantLinear, set_compute, swap_linears
-from lowvram_i2v.kernels.scheme import SCHEMES
+from lowvram_i2v.kernels.quant_linear import set_compute
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,20 +45,8 @@ def wide_model(scheme: str | None, compute: str) -> HunyuanVideoTransformer:
         model = HunyuanVideoTransformer(WIDE).to(torch.bfloat16).eval().requires_grad_(False)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
-    if scheme is None:
-        return model
-    chosen = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and is_in_block(name) and not is_conditioning(name)
-    }
-    swap_linears(model, lambda name: SCHEMES[scheme] if name in chosen else None)
-    for name, plain in chosen.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantLinear)
-        for suffix, part in SCHEMES[scheme].quantize(plain.weight, name).items():
-            setattr(layer, suffix, part)
-        layer.bias = plain.bias
+    if scheme is not None:
+        quantize_blocks(model, scheme)
     set_compute(model, compute)
     return model
 
@@ -119,9 +106,14 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @SCHEMES_AND_WAYS
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("chunking", [Chunking(1024, 4), Chunking(4096, 8), Chunking(4096, 24)], ids=str)
 @torch.inference_mode()
-def test_the_peak_is_as_stated_and_nothing_waits(scheme: str | None, compute: str, chunking: Chunking) -> None:
+def test_the_peak_is_as_stated_and_nothing_waits(
+    scheme: str | None, compute: str, chunking: Chunking, fused: bool
+) -> None:
+    """Plain torch takes what is stated; fused kernels, which make no float32 copies, at most that."""
+    ops = choose(cuda()) if fused else PLAIN
     model, inputs = wide_model(scheme, compute), wide_inputs((640, 384), 65)
     tokens = len(inputs.rope[0]), 330
     arguments = inputs.latents, inputs.steps[0], inputs.rope, None
@@ -130,7 +122,7 @@ def test_the_peak_is_as_stated_and_nothing_waits(scheme: str | None, compute: st
     def predict() -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        work = Workspace(WIDE, *tokens, chunking, cuda(), torch.bfloat16)
+        work = Workspace(WIDE, *tokens, chunking, cuda(), torch.bfloat16, ops)
         torch.cuda.set_sync_debug_mode("error")
         try:
             model.predict(*arguments, work)
@@ -142,7 +134,9 @@ def test_the_peak_is_as_stated_and_nothing_waits(scheme: str | None, compute: st
     predict()  # libraries take their workspaces, tables that are kept are made
     gc.collect()
     # attention's own statistics and rounding to blocks of 512 bytes are not counted
-    assert predict() == pytest.approx(stated, rel=0.02)
+    taken = predict()
+    assert taken < 1.02 * stated
+    assert taken > (0.8 if fused else 0.98) * stated
 
 
 @torch.inference_mode()

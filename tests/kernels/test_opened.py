@@ -172,7 +172,8 @@ def test_memory_is_what_was_announced(
     if small:
         monkeypatch.setattr(chunks, "ELEMENTS", 2**14)
         monkeypatch.setattr(compute, "PRODUCT", 2**15)
-    monkeypatch.setattr(w8a8, "WAYS", [w8a8.WAYS[0], w8a8.Way("fp8", codes_only, lambda device: True)])
+    as_on_a_gpu = w8a8.Way("fp8", codes_only, lambda codes, device: codes == w8a8.FP8)
+    monkeypatch.setattr(w8a8, "WAYS", [as_on_a_gpu, *w8a8.WAYS])
     layer, x = quantized(scheme, name, shape), gaussian(tokens, shape[1])
     layer(x)
     announced = scratch(scheme, name, shape, tokens, 4)
@@ -185,9 +186,8 @@ def test_memory_is_what_was_announced(
     assert need == pytest.approx(announced.held + announced.call, rel=0.02)
 
 
-def codes_only(x: Tensor, weight: w8a8.OpenWeight, dtype: torch.dtype) -> Tensor:
-    made = w8a8._fp8_codes(x)
-    return torch.empty(len(made[0]), len(weight.codes), dtype=dtype)
+def codes_only(x: w8a8.Codes, weight: w8a8.OpenWeight, dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(x.codes), len(weight.codes), dtype=dtype)
 
 
 def test_at_full_size_an_8_bit_product_needs_less_than_a_dequantized_weight() -> None:
@@ -232,18 +232,24 @@ def test_what_a_card_cannot_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scheme", PRODUCTS)
-def test_a_trial_passes_fails_and_reports(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert w8a8.trial(scheme, CPU) is None
-    right = w8a8.way(scheme, CPU).linear
-    answers = iter([right, lambda *given: right(*given) * 1.05])
-    monkeypatch.setattr(w8a8, "way", lambda *_: w8a8.Way(scheme, next(answers), lambda device: True))
-    assert "wrong by 0.05" in (w8a8.trial(scheme, CPU) or "")
+def test_the_first_way_that_is_right_on_a_card_is_taken(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, card = w8a8.CODES[scheme], torch.device("cuda", 0)
 
     def unsupported(*given: object) -> Tensor:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling\nmore")
 
-    answers = iter([right, unsupported])
-    assert (w8a8.trial(scheme, CPU) or "").endswith("there: CUBLAS_STATUS_NOT_SUPPORTED when calling")
+    linears = {"right": w8a8.torch_linear, "off": lambda *given: 1.05 * w8a8.torch_linear(*given), "none": unsupported}
+    ways = {name: w8a8.Way(name, linear, lambda codes, device: True) for name, linear in linears.items()}
+    found = {name: w8a8._fault(one, codes, CPU) for name, one in ways.items()}
+    assert found["right"] is None
+    assert "wrong by 0.05" in (found["off"] or "")
+    assert (found["none"] or "").endswith("there: RuntimeError CUBLAS_STATUS_NOT_SUPPORTED when calling")
+    monkeypatch.setattr(w8a8, "_fault", lambda one, codes, device: found[one.name])
+    monkeypatch.setattr(w8a8, "WAYS", [ways["none"], ways["off"], ways["right"]])
+    assert w8a8.way(codes, card) is ways["right"]
+    assert w8a8.trial(scheme, card) is None
+    monkeypatch.setattr(w8a8, "WAYS", [ways["none"], ways["off"]])
+    assert w8a8.trial(scheme, card) == f"none {found['none']}; off {found['off']}"
 
 
 @ALL

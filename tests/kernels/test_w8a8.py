@@ -28,7 +28,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def multiply(scheme: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x times a weight [out, in] quantized in the scheme, in x's dtype."""
     parts = SCHEMES[scheme].quantize(weight)
-    return w8a8.prepared(scheme, parts, bias, x.dtype, slice(None))(x)
+    return w8a8.linear(x, w8a8.prepared(scheme, parts, bias, slice(None)), x.dtype)
 
 
 def expected(scheme: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -139,14 +139,15 @@ def test_error_with_a_channel_that_stands_out() -> None:
 
 
 def test_a_new_way_goes_before_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    def constant(x: Tensor, weight: w8a8.OpenWeight, dtype: torch.dtype) -> Tensor:
-        return torch.full((len(x), len(weight.codes)), 7, dtype=dtype)
+    def constant(x: w8a8.Codes, weight: w8a8.OpenWeight, dtype: torch.dtype) -> Tensor:
+        return torch.full((len(x.codes), len(weight.codes)), 7, dtype=dtype)
 
-    monkeypatch.setattr(w8a8, "WAYS", [w8a8.Way("int8", constant, lambda device: True), *w8a8.WAYS])
+    new = w8a8.Way("new", constant, lambda codes, device: codes == torch.int8)
+    monkeypatch.setattr(w8a8, "WAYS", [new, *w8a8.WAYS])
     assert (multiply("int8", gaussian(4, 64), gaussian(48, 64)) == 7).all()
     assert (multiply("fp8", gaussian(4, 64), gaussian(48, 64)) != 7).any()
     with pytest.raises(PlatformError, match="w8a16"):
-        w8a8.way("fp8", torch.device("meta"))
+        w8a8.way(torch.float8_e4m3fn, torch.device("meta"))
 
 
 @BOTH
@@ -155,10 +156,12 @@ def test_a_gpu_computes_the_same(scheme: str) -> None:
     """The bits of codes and scales; of the results all but float rounding."""
     x, bias = gaussian(700, 3072).to(torch.bfloat16), gaussian(1024, seed=2).to(torch.bfloat16)
     parts = SCHEMES[scheme].quantize(gaussian(1024, 3072, seed=1))
-    here = w8a8.prepared(scheme, parts, bias, torch.bfloat16, slice(0, 768))(x)
+    here = w8a8.linear(x, w8a8.prepared(scheme, parts, bias, slice(0, 768)), torch.bfloat16)
     cuda = {suffix: part.cuda() for suffix, part in parts.items()}
-    there = w8a8.prepared(scheme, cuda, bias.cuda(), torch.bfloat16, slice(0, 768))(x.cuda())
-    assert relative_l2(there.cpu(), here) < 2e-3
+    weight = w8a8.prepared(scheme, cuda, bias.cuda(), slice(0, 768))
+    for one in w8a8.WAYS:
+        there = one.linear(w8a8.quantized(x.cuda(), DTYPES[scheme]), weight, torch.bfloat16)
+        assert relative_l2(there.cpu(), here) < 2e-3, one.name
     scale = w8a8.token_scales(x, DTYPES[scheme])
     assert torch.equal(w8a8.token_scales(x.cuda(), DTYPES[scheme]).cpu(), scale)
     codes, codes_there = (torch.empty(x.shape, dtype=DTYPES[scheme], device=device) for device in ("cpu", "cuda"))

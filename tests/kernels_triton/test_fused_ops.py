@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_blocks import quantize_blocks
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,8 +22,8 @@ from lowvram_i2v.dit.transformer import HunyuanVideoTransformer  # noqa: E402
 from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
 from lowvram_i2v.kernels import op_cases, ops  # noqa: E402
 from lowvram_i2v.kernels.op_cases import CASES, Case, Inputs, Sizes  # noqa: E402
-from lowvram_i2v.kernels.row_codes import Codes  # noqa: E402
-from lowvram_i2v.kernels.w8a8 import OpenWeight  # noqa: E402
+from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
+from lowvram_i2v.kernels.w8a8 import Codes, OpenWeight  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 FP8 = torch.float8_e4m3fn
@@ -82,6 +84,24 @@ def test_chunks_of_rows_change_no_bit(cut: int) -> None:
         own = min(max(first - rows.start, 0), rows.stop - rows.start)
         table.gated_residual_(both[1][rows], y[rows], vectors, own)
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("cut", [1, 3])
+def test_chunks_of_rows_change_no_bit_of_codes(cut: int, plain: bool) -> None:
+    """From norm to residual in int8: each row has its own scale, and sums of integers are exact."""
+    make, table, first = Inputs(SMALL[1], DEVICE, torch.float32), ops.PLAIN if plain else fused(), 2
+    up, down = make.weight(272, 96, torch.int8), make.weight(96, 272 + 96, torch.int8)
+    start, vectors = make.rows(96), make.vectors()
+    whole, parts = start.clone(), start.clone()
+    for out, cuts in ((whole, [0, 7]), (parts, [0, cut, 7])):
+        for begin, end in pairwise(cuts):
+            rows, own = slice(begin, end), min(max(first - begin, 0), end - begin)
+            normed = table.layer_norm_modulate_codes(out[rows], vectors, vectors, own, torch.int8)
+            inner = table.gelu_codes(table.linear(normed, up, torch.float32), torch.int8, out[rows])
+            table.linear_gated_residual_(out[rows], inner, down, vectors, own)
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, start)
 
 
 def far_apart(x: Tensor) -> Tensor:
@@ -157,6 +177,15 @@ def test_a_product_without_bias() -> None:
     torch.testing.assert_close(fused().linear(codes, weight, torch.float32), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_not_used_is_not_tried() -> None:
+    """A run in int8 compiles nothing for e4m3, one in 16 bits nothing for either."""
+    tried = []
+    table = replace(ops.PLAIN, row_codes=lambda x, dtype: tried.append(dtype), gelu=lambda x, out: tried.append("gelu"))
+    for codes in ((torch.int8,), ()):
+        op_cases.faults(table, SMALL[1], DEVICE, HALF, ("gelu", "row_codes"), codes)
+    assert tried == ["gelu", torch.int8, "gelu"]
+
+
 def test_faults_are_found() -> None:
     def twice(x: Tensor, out: Tensor) -> None:
         out.copy_(2 * x)
@@ -170,11 +199,16 @@ def test_faults_are_found() -> None:
     assert "no kernel image" in found["row_codes"]
 
 
+@pytest.mark.parametrize(("scheme", "gate"), [(None, 1e-4), ("int8", 2e-3)])
 @torch.inference_mode()
-def test_a_transformer_with_fused_ops() -> None:
+def test_a_transformer_with_fused_ops(scheme: str | None, gate: float) -> None:
+    """In int8, values on the border between two codes may take either."""
     config = TransformerConfig(hidden_size=256, heads=2, double_blocks=1, single_blocks=1, text_dim=64, pooled_dim=48)
     torch.manual_seed(0)
     model = HunyuanVideoTransformer(config).to(DEVICE).eval()
+    if scheme is not None:
+        quantize_blocks(model, scheme)
+        set_compute(model, "w8a8")
     rope = tuple(
         table.to(DEVICE) for table in rope_table(token_grid(5, 32, 48), config.rope_dims, config.rope_theta, 5)
     )
@@ -184,6 +218,6 @@ def test_a_transformer_with_fused_ops() -> None:
     )
     made = []
     for table in (ops.PLAIN, fused()):
-        work = Workspace(config, len(rope[0]), len(texts), Chunking(5, 1), DEVICE, torch.float32, table)
+        work = Workspace(config, len(rope[0]), len(texts), Chunking(9, 1), DEVICE, torch.float32, table)
         made.append(model.predict(latents, step, rope, work=work).double())
-    assert float((made[1] - made[0]).norm() / made[0].norm()) < 1e-4
+    assert float((made[1] - made[0]).norm() / made[0].norm()) < gate
