@@ -34,7 +34,8 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
     """What Triton is told beside the kernel's own constants; from 3.10 it fuses multiply and add only when asked."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options: dict[str, int | bool] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return options | ({"maxnreg": tile.registers} if tile.registers else {})
 
 
 def card(device: torch.device) -> str:
@@ -50,3 +51,10 @@ def rows_descriptor(x: Tensor, rows: int) -> object:
     if heads > 1 and x.stride(1) != dim:
         raise ValueError(f"a token's heads must be contiguous: strides {x.stride()}")
     return TensorDescriptor(x, [tokens, heads * dim], [x.stride(0), 1], [rows, dim])
+
+
+def allow_scratch(device: torch.device) -> None:
+    """Lets Triton allocate, through torch, the few bytes a program needs for a descriptor that it makes itself."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))

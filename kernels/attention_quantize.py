@@ -8,6 +8,10 @@
 Any vector may be subtracted from all keys (the softmax of a row does not feel it) and from all values (it is added to
 the result), so the means need not be exact: that of K is taken from 16 tokens in 64.
 
+The mean of all rounding errors of V is added back with the mean of V. It is not zero: values in bf16 lie on a grid, and
+where codes part, its points fall to one side, the same for every token. In a flat row all errors but this one cancel,
+and so does nearly all of the signal: of 119 200 values without an offset 12 % would be wrong, with it 3 %.
+
 Invariants: codes are padded with zeros to whole tiles; token offsets are 64-bit; nothing waits for the device.
 The definitions are `attention_reference.quantize_keys` and `quantize_values`, which give the same codes.
 """
@@ -93,6 +97,31 @@ def statistics_kernel(
     tl.store(v_high + row, tl.max(high, 0))
 
 
+@triton.jit(do_not_specialize=["parts", "k_count", "tokens"])
+def centres_kernel(
+    k_sum, v_sum, v_low, v_high, k_centre, v_centre, reach, parts, k_count, tokens,
+    STRIP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows [parts, heads, DIM] of `statistics_kernel` -> the centres and the reach of a head."""
+    head = tl.program_id(0)
+    channels = tl.arange(0, DIM)
+    k_sums = tl.zeros([STRIP, DIM], tl.float32)
+    v_sums = tl.zeros([STRIP, DIM], tl.float32)
+    low = tl.full([STRIP, DIM], float("inf"), tl.float32)
+    high = tl.full([STRIP, DIM], -float("inf"), tl.float32)
+    for start in tl.range(0, parts, STRIP):
+        rows = start + tl.arange(0, STRIP)[:, None]
+        at = (rows * tl.num_programs(0) + head) * DIM + channels[None, :]
+        k_sums += tl.load(k_sum + at, mask=rows < parts, other=0.0)
+        v_sums += tl.load(v_sum + at, mask=rows < parts, other=0.0)
+        low = tl.minimum(low, tl.load(v_low + at, mask=rows < parts, other=float("inf")))
+        high = tl.maximum(high, tl.load(v_high + at, mask=rows < parts, other=-float("inf")))
+    mean = tl.sum(v_sums, 0) / tokens
+    tl.store(k_centre + head * DIM + channels, tl.sum(k_sums, 0) / k_count)
+    tl.store(v_centre + head * DIM + channels, mean)
+    tl.store(reach + head * DIM + channels, tl.maximum(tl.max(high, 0) - mean, mean - tl.min(low, 0)))
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def keys_kernel(
     k, centre, codes, scales, k_stride, k_head_stride, tokens, padded, KEYS: tl.constexpr, DIM: tl.constexpr
@@ -112,9 +141,10 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def values_kernel(
-    v, centre, inverse, codes, v_stride, v_head_stride, tokens, padded,
-    BLOCK: tl.constexpr, DIM: tl.constexpr, EIGHT: tl.constexpr,
+    v, centre, reach, codes, errors, v_stride, v_head_stride, tokens, padded,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, EIGHT: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    """errors [blocks, heads, DIM]: the sums of what codes fall short of, in codes."""
     head = tl.program_id(1).to(tl.int64)
     channels = tl.arange(0, DIM)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -124,12 +154,35 @@ def values_kernel(
     exists = rows[:, None] < tokens
     at = v + head * v_head_stride + rows.to(tl.int64)[:, None] * v_stride + channels[None, :]
     x = tl.load(at, mask=exists, other=0.0).to(tl.float32) - tl.load(centre + head * DIM + channels)[None, :]
-    x = tl.where(exists, x * tl.load(inverse + head * DIM + channels)[None, :], 0.0).to(codes.dtype.element_ty)
+    scale = tl.maximum(tl.load(reach + head * DIM + channels) / LARGEST, SMALLEST_SCALE)
+    x = tl.where(exists, x * (1.0 / scale)[None, :], 0.0)
+    code = x.to(codes.dtype.element_ty)
+    row = (tl.program_id(0) * tl.num_programs(1) + head) * DIM + channels
+    tl.store(errors + row, tl.sum(x - code.to(tl.float32), 0))
     plane = codes + head * padded * DIM
     if EIGHT:
-        tl.store(plane + channels[:, None].to(tl.int64) * padded + places[None, :], tl.trans(x))
+        tl.store(plane + channels[:, None].to(tl.int64) * padded + places[None, :], tl.trans(code))
     else:
-        tl.store(plane + places[:, None] * DIM + channels[None, :], x)
+        tl.store(plane + places[:, None] * DIM + channels[None, :], code)
+
+
+@triton.jit(do_not_specialize=["blocks", "tokens"])
+def shift_kernel(
+    errors, centre, reach, v_scale, v_centre, blocks, tokens,
+    STRIP: tl.constexpr, DIM: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """The scale of a head's values, and their centre with the mean of all errors of `values_kernel` added."""
+    head = tl.program_id(0)
+    channels = tl.arange(0, DIM)
+    sums = tl.zeros([STRIP, DIM], tl.float32)
+    for start in tl.range(0, blocks, STRIP):
+        rows = start + tl.arange(0, STRIP)[:, None]
+        at = (rows.to(tl.int64) * tl.num_programs(0) + head) * DIM + channels[None, :]
+        sums += tl.load(errors + at, mask=rows < blocks, other=0.0)
+    scale = tl.maximum(tl.load(reach + head * DIM + channels) / LARGEST, SMALLEST_SCALE)
+    shifted = tl.load(centre + head * DIM + channels) + tl.sum(sums, 0) / tokens * scale
+    tl.store(v_scale + head * DIM + channels, scale)
+    tl.store(v_centre + head * DIM + channels, shifted)
 
 
 def padded_length(tokens: int, tile: Tile) -> int:
@@ -150,10 +203,13 @@ def statistics(k: Tensor, v: Tensor) -> Centres:
             k, v, k_sum, v_sum, low, high, *k.stride()[:2], *v.stride()[:2], tokens, chunk,
             STRIP=STRIP, DIM=dim, SAMPLED=SAMPLED,
         )  # fmt: skip
-    whole, rest = divmod(tokens, step)
-    v_centre = v_sum.sum(0) / tokens
-    reach = torch.maximum(high.amax(0) - v_centre, v_centre - low.amin(0))
-    return k_sum.sum(0) / (whole * STRIP + min(rest, STRIP)), v_centre, reach
+        whole, rest = divmod(tokens, step)
+        sampled = whole * STRIP + min(rest, STRIP)
+        k_centre, v_centre, reach = torch.empty(3, heads, dim, dtype=torch.float32, device=k.device).unbind()
+        centres_kernel[(heads,)](
+            k_sum, v_sum, low, high, k_centre, v_centre, reach, parts, sampled, tokens, STRIP=STRIP, DIM=dim
+        )
+    return k_centre, v_centre, reach
 
 
 def quantize(k: Tensor, v: Tensor, tile: Tile, centres: Centres | None = None) -> Quantized:
@@ -168,16 +224,22 @@ def encode(k: Tensor, v: Tensor, tile: Tile, centres: Centres) -> Quantized:
     padded = padded_length(tokens, tile)
     eight = tile.pv.startswith("fp8")
     k_centre, v_centre, reach = centres
-    v_scale = (reach / LARGEST_VALUE[tile.pv]).clamp_min_(2.0**-60)
+    largest, blocks = LARGEST_VALUE[tile.pv], padded // BLOCK
     k_codes = torch.empty(heads, padded, dim, dtype=torch.int8, device=k.device)
     k_scale = torch.empty(heads, padded // tile.keys, dtype=torch.float32, device=k.device)
     v_shape = (heads, dim, padded) if eight else (heads, padded, dim)
     v_codes = torch.empty(v_shape, dtype=torch.float8_e4m3fn if eight else torch.float16, device=k.device)
+    errors = torch.empty(blocks, heads, dim, dtype=torch.float32, device=k.device)
+    v_scale, shifted = torch.empty(2, heads, dim, dtype=torch.float32, device=k.device).unbind()
     with on_device(k):
         keys_kernel[(padded // tile.keys, heads)](
             k, k_centre, k_codes, k_scale, *k.stride()[:2], tokens, padded, KEYS=tile.keys, DIM=dim
         )
-        values_kernel[(padded // BLOCK, heads)](
-            v, v_centre, 1.0 / v_scale, v_codes, *v.stride()[:2], tokens, padded, BLOCK=BLOCK, DIM=dim, EIGHT=eight
+        values_kernel[(blocks, heads)](
+            v, v_centre, reach, v_codes, errors, *v.stride()[:2], tokens, padded,
+            BLOCK=BLOCK, DIM=dim, EIGHT=eight, LARGEST=largest,
+        )  # fmt: skip
+        shift_kernel[(heads,)](
+            errors, v_centre, reach, v_scale, shifted, blocks, tokens, STRIP=STRIP, DIM=dim, LARGEST=largest
         )
-    return Quantized(k_codes, k_scale, v_codes, v_scale, v_centre, tokens)
+    return Quantized(k_codes, k_scale, v_codes, v_scale, shifted, tokens)

@@ -68,11 +68,13 @@ def sparse_kernel(
     q, k, k_scale, v, mean_k, mean_k_scale, mean_v, v_scale, v_centre, out, blocks, skipped, every,
     q_stride, q_head_stride, out_stride, out_head_stride, n_q, n_kv, kept, text_from, padded, mean_padded, factor,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PV: tl.constexpr, LENGTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `int8_kernel`; mean_k, mean_v hold one code row a block, LENGTH is log2 of a whole block's length, every counts
-    all blocks."""
+    """As `int8_kernel`; mean_k, mean_v hold one code row a block, LENGTH is log2 of a whole block's length, every is
+    0, 1, 2, ..."""
     EIGHT: tl.constexpr = PV == "fp8" or PV == "fp8_acc16" or PV == "fp8_scaled"
     SHIFT: tl.constexpr = 8.0 if EIGHT else 0.0
+    AHEAD: tl.constexpr = 2 if EIGHT else 1  # of the means: with fp16 values there are no registers to load ahead
     part = tl.num_programs(0) - 1 - tl.program_id(0)
     start = part.to(tl.int64) * ROWS
     head = tl.program_id(1).to(tl.int64)
@@ -82,15 +84,15 @@ def sparse_kernel(
     q += head * q_head_stride + start * q_stride
     out += head * out_head_stride + start * out_stride
     q_codes, q_scale = quantize_rows(q, out, exists, q_stride, out_stride, factor, ROWS, DIM)
-    k_at = k + head * padded * DIM + keys[:, None] * DIM + channels[None, :]
-    mean_k_at = mean_k + head * mean_padded * DIM + keys[:, None] * DIM + channels[None, :]
+    k += head * padded * DIM
+    v += head * padded * DIM
+    k_scale += head * (padded // KEYS)
+    k_at = keys[:, None] * DIM + channels[None, :]
     if EIGHT:
-        v_at = v + head * padded * DIM + channels[:, None].to(tl.int64) * padded + keys[None, :]
-        mean_v_at = mean_v + head * mean_padded * DIM + channels[:, None] * mean_padded + keys[None, :]
+        v_at = channels[:, None] * padded + keys[None, :]
         v_step = KEYS
     else:
-        v_at = v + head * padded * DIM + keys[:, None] * DIM + channels[None, :]
-        mean_v_at = mean_v + head * mean_padded * DIM + keys[:, None] * DIM + channels[None, :]
+        v_at = k_at
         v_step = KEYS * DIM
     m = tl.full([ROWS], -float("inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
@@ -98,23 +100,27 @@ def sparse_kernel(
     row = head * tl.num_programs(0) + part
     whole = part >= text_from
     listed = tl.where(whole, every, blocks + row * kept)
-    for i in tl.range(0, tl.where(whole, tl.cdiv(n_kv, KEYS), kept)):
+    for i in tl.range(0, tl.where(whole, tl.cdiv(n_kv, KEYS), kept), num_stages=STAGES):
         block = tl.load(listed + i)
-        scale = q_scale * tl.load(k_scale + head * (padded // KEYS) + block)
-        p, alpha, m, l = score_tile(q_codes, tl.load(k_at + block * (KEYS * DIM)), scale, m, l, SHIFT)
-        acc = multiply_values(p, tl.load(v_at + block * v_step), acc * alpha[:, None], PV, ROWS, KEYS, DIM)
+        scale = q_scale * tl.load(k_scale + block)
+        p, alpha, m, l = score_tile(q_codes, tl.load(k + block * (KEYS * DIM) + k_at), scale, m, l, SHIFT)
+        acc = multiply_values(p, tl.load(v + block * v_step + v_at), acc * alpha[:, None], PV, ROWS, KEYS, DIM)
     l -= (tl.cdiv(n_kv, KEYS) * KEYS - n_kv) * tl.math.exp2(-m)
-    for i in tl.range(0, tl.where(whole, 0, mean_padded // KEYS)):
+    mean_k += head * mean_padded * DIM
+    mean_v += head * mean_padded * DIM
+    if EIGHT:
+        v_at = channels[:, None] * mean_padded + keys[None, :]
+    for i in tl.range(0, tl.where(whole, 0, mean_padded // KEYS), num_stages=AHEAD):
         scale = q_scale * tl.load(mean_k_scale + head * (mean_padded // KEYS) + i)
         stands = tl.load(skipped + row * mean_padded + i * KEYS + keys)
         bias = tl.where(stands != 0, LENGTH, -float("inf"))
-        s = tl.dot(q_codes, tl.trans(tl.load(mean_k_at + i * KEYS * DIM)), out_dtype=tl.int32).to(tl.float32)
+        s = tl.dot(q_codes, tl.trans(tl.load(mean_k + i * (KEYS * DIM) + k_at)), out_dtype=tl.int32).to(tl.float32)
         s = s * scale[:, None] + bias[None, :]
         m_new = tl.maximum(m, tl.max(s, 1) - SHIFT)
         p = tl.math.exp2(s - m_new[:, None])
         alpha = tl.math.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)
-        acc = multiply_values(p, tl.load(mean_v_at + i * v_step), acc * alpha[:, None], PV, ROWS, KEYS, DIM)
+        acc = multiply_values(p, tl.load(mean_v + i * v_step + v_at), acc * alpha[:, None], PV, ROWS, KEYS, DIM)
         m = m_new
     scale = tl.load(v_scale + head * DIM + channels)
     centre = tl.load(v_centre + head * DIM + channels)
@@ -147,13 +153,14 @@ def attend_routed(
     """Attention of q [tokens, heads, dim] over chosen blocks of `kv` and means of the others. `out` may be q."""
     dim = q.shape[2]
     out = q.new_empty(q.shape) if out is None else out
+    stages = 2 * tile.stages - 1  # half of them load the list, and as many as in dense attention the tiles it names
     every = torch.arange(cut.key_blocks, dtype=torch.int32, device=q.device)
     with on_device(q):
         sparse_kernel[(cut.query_blocks, q.shape[1])](
             q, kv.k, kv.k_scale, kv.v, means.k, means.k_scale, means.v, kv.v_scale, kv.v_centre, out,
             chosen.blocks, chosen.skipped, every, *q.stride()[:2], *out.stride()[:2],
             cut.tokens, kv.tokens, cut.kept, cut.text_from, kv.k.shape[1], means.k.shape[1], LOG2_E * dim**-0.5,
-            ROWS=tile.rows, KEYS=tile.keys, DIM=dim, PV=tile.pv, LENGTH=tile.keys.bit_length() - 1,
+            ROWS=tile.rows, KEYS=tile.keys, DIM=dim, PV=tile.pv, LENGTH=tile.keys.bit_length() - 1, STAGES=stages,
             **launch_options(tile),
         )  # fmt: skip
     return out

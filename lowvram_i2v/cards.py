@@ -16,6 +16,10 @@ from lowvram_i2v.dit.config import TransformerConfig
 
 ATTENTION_SHARE, PRODUCT_SHARE = 0.90, 0.85
 """Shares of the peak rate: torch's attention reaches 0.96 of it on GeForce, 0.6 on an H100; products 0.75 to 0.9."""
+EIGHT_BIT_ATTENTION = 1 / 1.4
+"""Time of 8-bit attention to torch's own. Measured on an H200; GeForce should gain more."""
+SPARSE_OVERHEAD = 1.2
+"""Of choosing blocks, on top of the share of blocks that is seen. Measured on an H200 at a fifth of the blocks."""
 PASSES = 30
 """Reads and writes of all tokens by a block's elementwise chains in plain torch."""
 
@@ -64,9 +68,17 @@ class Work:
         )
 
 
-def step_seconds(card: Card, work: Work, streamed: int, eight_bit: bool) -> float:
-    """Estimated seconds of a pass. streamed: bytes copied to the card in it."""
+def attention_time(backend: str, density: float, after: float) -> float:
+    """Mean time of attention over all steps, in units of torch's own. density, after: of "triton-sparse"."""
+    if backend == "triton-sparse":
+        return EIGHT_BIT_ATTENTION * (after + (1 - after) * min(1.0, density * SPARSE_OVERHEAD))
+    return EIGHT_BIT_ATTENTION if backend == "triton-int8" else 1.0
+
+
+def step_seconds(card: Card, work: Work, streamed: int, eight_bit: bool, attention: float = 1.0) -> float:
+    """Estimated seconds of a pass. streamed: bytes copied to the card in it; attention: from `attention_time`."""
     products = card.int8 if eight_bit else card.half
-    arithmetic = work.attention / (card.half * ATTENTION_SHARE) + work.products / (products * PRODUCT_SHARE)
+    attending = attention * work.attention / (card.half * ATTENTION_SHARE)
+    arithmetic = attending + work.products / (products * PRODUCT_SHARE)
     elementwise = PASSES * work.tokens / (card.bandwidth * 1e9)
     return max(arithmetic / 1e12 + elementwise, streamed / (card.bus * 1e9))

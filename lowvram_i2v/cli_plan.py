@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_i2v.demo_model import model_path
 from lowvram_i2v.errors import RequestError
-from lowvram_i2v.profile import DEFAULT_PROFILE, load_profile, profile_names
+from lowvram_i2v.profile import DEFAULT_PROFILE, VramProfile, load_profile, profile_names
 from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, nearest_bucket
 from lowvram_i2v.variant import VARIANTS
 
@@ -47,7 +47,7 @@ def add_commands(commands: Any, size: Any) -> None:
 
 def _profiles(options: argparse.Namespace) -> int:
     for name in profile_names():
-        print(f"{name:10} {load_profile(name).description}")
+        print(f"{name:12} {load_profile(name).description}")
     return 0
 
 
@@ -62,7 +62,7 @@ def _plan(options: argparse.Namespace) -> int:
             f"profile {profile.name} takes what is free on a card, and no card is known here",
             "Name a profile of a size (--profile 8gb), or what is free (--vram 7.4).",
         )
-    fitting = partial(fits, sizes, profile=profile, limit=limit)
+    fitting = partial(fits, sizes, profile=profile, machine=machine)
     if options.max_frames:
         frames = most_frames(video, fitting)
         print(f"{video.width}x{video.height}: {f'up to {frames} frames' if frames else 'no number of frames fits'}")
@@ -74,21 +74,23 @@ def _plan(options: argparse.Namespace) -> int:
     plan = make_plan(sizes, video, profile, machine)
     print(f"{video}; {sizes.scheme or 'bf16'} weights; profile {profile.name}")
     print(plan.table())
-    print(estimates(plan, sizes, video, profile.compute))
+    print(estimates(plan, sizes, video, profile))
     return 0
 
 
-def estimates(plan: MemoryPlan, sizes: ModelSizes, video: Video, compute: str) -> str:
+def estimates(plan: MemoryPlan, sizes: ModelSizes, video: Video, profile: VramProfile) -> str:
     """Seconds a step and minutes in all on the cards that could hold the plan. From published rates, not measured."""
-    from lowvram_i2v.cards import CARDS, Work, step_seconds
+    from lowvram_i2v.cards import CARDS, Work, attention_time, step_seconds
     from lowvram_i2v.plan import tokens
     from lowvram_i2v.sizes import ELEMENT
 
     work, passes = Work.of(sizes.transformer, *tokens(sizes, video), ELEMENT), 2 if video.cfg else 1
     need = (max(phase.vram for phase in plan.phases) + plan.reserve) / 2**30
+    eight_bit = profile.compute == "w8a8" and sizes.scheme == "int8"
+    attention = attention_time(profile.attention, profile.sparse_density, profile.sparse_after)
     lines = ["estimated, not measured, from published rates (denoising only):"]
     for card in (card for card in CARDS if card.vram_gib >= need):
-        step = passes * step_seconds(card, work, plan.streamed, compute == "w8a8" and sizes.scheme == "int8")
+        step = passes * step_seconds(card, work, plan.streamed, eight_bit, attention)
         lines.append(f"  {card.name:14} {step:6.1f} s a step, {video.steps * step / 60:5.1f} min for {video.steps}")
     return "\n".join(lines)
 

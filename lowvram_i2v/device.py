@@ -68,6 +68,14 @@ def describe(device: torch.device) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, torch {torch.__version__}"
 
 
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether a CUDA device has 8-bit floats in its tensor cores: RTX 40 and later. True for the CPU, where it is the
+    same arithmetic."""
+    import torch
+
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 LIBRARIES = 2**28
 """Bytes that CUDA's libraries load into video memory, outside torch's allocator, after the context is there."""
 

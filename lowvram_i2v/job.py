@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lowvram_i2v import attention
 from lowvram_i2v.attention import choice
 from lowvram_i2v.checkpoint import ModelFolder, open_model
-from lowvram_i2v.device import free_vram
+from lowvram_i2v.device import free_vram, multiplies_float8
 from lowvram_i2v.embed_cache import EmbedCache
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.events import Listener, Notice, Planned
@@ -209,7 +209,7 @@ def _plan(
     on_gpu = device.type == "cuda"
     if not on_gpu:
         profile = replace(profile, vram_gib=0.0)
-    machine = Machine(free_vram(device), available_ram() if on_gpu else None)
+    machine = Machine(free_vram(device), available_ram() if on_gpu else None, multiplies_float8(device))
     video = Video(*request.size, request.frames, request.steps, request.cfg > 1)
     plan = make_plan(sizes, video, profile, machine)
     if on_gpu:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowvram_i2v.device import compute_dtype, describe, limited, phase
+from lowvram_i2v.attention import by_layout
+from lowvram_i2v.device import compute_dtype, describe, limited, phase, release
 from lowvram_i2v.dit import chunked
 from lowvram_i2v.dit.conditioning import StepConditioning, is_conditioning, is_embedder, is_modulation
 from lowvram_i2v.dit.rope import rope_table, token_grid
+from lowvram_i2v.dit.token_order import token_order
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
 from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.embed_cache import latent_key, prompt_key
@@ -29,6 +31,7 @@ from lowvram_i2v.job import DEFAULTS, Job, RunOptions, VideoJob, prepare, prepar
 from lowvram_i2v.kernels.op_cases import Sizes, faults
 from lowvram_i2v.kernels.ops import PLAIN, Ops, choose
 from lowvram_i2v.kernels.quant_linear import set_compute
+from lowvram_i2v.kernels.w8a8 import CODES
 from lowvram_i2v.latents_file import LatentsFile, latents_path, save_latents
 from lowvram_i2v.preview import PreviewWriter, preview_path
 from lowvram_i2v.profile import VramProfile
@@ -219,12 +222,17 @@ def _condition(
 @torch.inference_mode()
 def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tensor:
     """Noise [16, T, H, W] -> latents of the same shape, float32, on the CPU."""
-    request, header, device, plan = job.request, job.model.header, job.device, job.plan
+    request, header, device, plan, profile = job.request, job.model.header, job.device, job.plan, job.profile
     config, (width, height) = header.transformer, job.size
     dtype = compute_dtype(device, torch.bfloat16)
     grid = token_grid(request.frames, height, width)
     cos, sin = rope_table(grid, config.rope_dims, config.rope_theta, request.frames)
+    attention = by_layout(profile.attention, profile.sparse_density, profile.sparse_after)
+    order = None if attention is None else token_order(grid, config.patch_size)
+    if order is not None:
+        (cos, sin), order = order.rope((cos, sin)), order.to(device)
     text_tokens = max(len(prompt[0].txt) for prompt in steps if prompt is not None)
+    ops = _trusted_ops(job, dtype)  # while the card is empty
     with (
         phase("denoise", device, job.listen, request.steps, "steps"),
         job.model.load(
@@ -245,9 +253,10 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
             only=lambda name: not is_conditioning(name),
         ) as blocks,
     ):
-        set_compute(transformer, job.profile.compute)
-        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype, _trusted_ops(job, dtype))
-        velocity = GuidedVelocity(transformer, *steps, request.cfg, (cos.to(device), sin.to(device)), blocks, work)
+        set_compute(transformer, profile.compute)
+        work = Workspace(config, len(cos), text_tokens, plan.chunking, device, dtype, ops)
+        rope = cos.to(device), sin.to(device)
+        velocity = GuidedVelocity(transformer, *steps, request.cfg, rope, blocks, work, attention, order)
         sigmas = flow_sigmas(request.steps, job.flow_shift)
         return denoise(
             velocity,
@@ -259,12 +268,15 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
 
 
 def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
-    """The element-wise ops of this device: fused kernels where they pass their self-test on it, else torch's own."""
-    config, ops = job.model.header.transformer, choose(job.device)
+    """The ops of this device: fused kernels where they pass their self-test on it, else torch's own."""
+    header, ops = job.model.header, choose(job.device)
     if ops is PLAIN:
         return ops
+    config = header.transformer
     sizes = Sizes(SELF_TEST_ROWS, SELF_TEST_ROWS // 3, config.heads, config.head_dim, config.mlp_hidden)
-    refused = faults(ops, sizes, job.device, dtype, chunked.OPS)
+    codes = [CODES[header.scheme]] if job.profile.compute == "w8a8" and header.scheme in CODES else []
+    refused = faults(ops, sizes, job.device, dtype, chunked.OPS, codes)
+    release(job.device)
     for name, why in refused.items():
         job.listen(Notice(f"The fused kernel {name} fails its self-test on this card; torch's own is used ({why})."))
     return choose(job.device, refused)

@@ -10,10 +10,12 @@ is what torch's allocator reserves at most, within 5 %.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from lowvram_i2v.attention.memory import extra_bytes, order_bytes
 from lowvram_i2v.dit.conditioning import conditioning_bytes, step_bytes
 from lowvram_i2v.dit.workspace import Chunking, activation_bytes
 from lowvram_i2v.errors import ResourceError
@@ -35,10 +37,12 @@ ROWS = (4096, 2048, 1024, 512)
 FEWEST_HEADS = 4
 LIBRARIES = 48 * MIB
 """Work space that the matrix libraries take from torch's allocator, once."""
+DECODE_LIBRARIES = 96 * MIB
+"""The same in the decoder, where cuDNN works too. Measured: 70 to 120 MiB."""
 MARGIN = 96 * MIB
 """Left free beside resident blocks: small tensors, and pages that the allocator holds between tensors."""
 FRAGMENTS = 1.12
-"""Reserved to allocated bytes where tensors of many sizes come and go, in the VAE. Measured: 1.10 to 1.14."""
+"""Reserved to allocated bytes where tensors of many sizes come and go, in the image encoder. Measured: 1.10 to 1.14."""
 DECODE_AT_MOST = 16 * GIB
 """More does not make the decoder faster."""
 PROCESS_RAM = 7 * GIB // 5
@@ -47,10 +51,12 @@ PROCESS_RAM = 7 * GIB // 5
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: None if unknown."""
+    """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: None if unknown.
+    float8: whether the card multiplies 8-bit floats (RTX 40 and later); others keep V in 16 bits."""
 
     vram: int | None
     ram: int | None
+    float8: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,9 @@ class MemoryPlan:
 
 def make_plan(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> MemoryPlan:
     """The plan of a run. Raises ResourceError if a phase cannot fit."""
-    limit = limit_of(profile, machine)
-    plan = _best(sizes, video, profile, limit)
+    plan = _best(sizes, video, profile, machine)
     if plan is None:
-        raise _refused(sizes, video, profile, limit)
+        raise _refused(sizes, video, profile, machine)
     return plan if machine.ram is None else _within_ram(sizes, profile, plan, machine.ram)
 
 
@@ -134,15 +139,16 @@ def limit_of(profile: VramProfile, machine: Machine) -> int | None:
     return min(limits, default=None)
 
 
-def _best(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> MemoryPlan | None:
+def _best(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> MemoryPlan | None:
     """The fastest plan below the limit: the largest chunks, then as many resident blocks as fit. None if none fits."""
+    limit = limit_of(profile, machine)
     others = _other_phases(sizes, video, profile, limit)
     if limit is not None and any(phase.vram > limit for phase in others.values()):
         return None
     for chunking in chunkings(sizes.transformer.heads):
-        resident = _most_resident(sizes, video, profile, chunking, limit)
+        resident = _most_resident(sizes, video, profile, machine, chunking)
         if resident is not None:
-            return _plan(sizes, video, profile, limit, chunking, resident, others)
+            return _plan(sizes, video, profile, machine, chunking, resident, others)
     return None
 
 
@@ -153,13 +159,13 @@ def chunkings(heads: int) -> list[Chunking]:
 
 
 def _most_resident(
-    sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, limit: int | None
+    sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking
 ) -> int | None:
     """How many blocks can stay on the device; None if not even slots for streaming fit."""
-    blocks = len(sizes.slabs)
+    blocks, limit = len(sizes.slabs), limit_of(profile, machine)
     wanted = blocks if profile.resident_blocks < 0 else min(profile.resident_blocks, blocks)
     for resident in range(wanted, -1, -1):
-        if limit is None or _denoise_bytes(sizes, video, profile, chunking, resident) + MARGIN <= limit:
+        if limit is None or _denoise_bytes(sizes, video, profile, machine, chunking, resident) + MARGIN <= limit:
             return resident
     return None
 
@@ -168,7 +174,7 @@ def _plan(
     sizes: ModelSizes,
     video: Video,
     profile: VramProfile,
-    limit: int | None,
+    machine: Machine,
     chunking: Chunking,
     resident: int,
     others: dict[str, PhasePlan],
@@ -177,9 +183,10 @@ def _plan(
     host = "pinned" if profile.host == "auto" else profile.host
     denoise = PhasePlan(
         "denoise",
-        _denoise_bytes(sizes, video, profile, chunking, resident),
+        _denoise_bytes(sizes, video, profile, machine, chunking, resident),
         PROCESS_RAM + host_bytes(sizes.slabs, places, host),
     )
+    limit = limit_of(profile, machine)
     order = ("text", "pooled text", "image", "conditioning", "denoise", "decode")
     return MemoryPlan(
         limit=limit,
@@ -199,19 +206,47 @@ def decoding_of(limit: int | None) -> DecodeChunking:
     """Memory for the decoder: what the allocator may reserve, less what libraries take."""
     if limit is None:
         return DecodeChunking()
-    return DecodeChunking(device_bytes=min(int((limit - LIBRARIES) / FRAGMENTS), DECODE_AT_MOST))
+    return DecodeChunking(device_bytes=min(limit - DECODE_LIBRARIES, DECODE_AT_MOST))
 
 
-def _denoise_bytes(sizes: ModelSizes, video: Video, profile: VramProfile, chunking: Chunking, resident: int) -> int:
+def _denoise_bytes(
+    sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking, resident: int
+) -> int:
     """Weights outside the blocks, resident blocks, slots, inputs, and what a step allocates."""
     slabs, (image, text) = sizes.slabs, tokens(sizes, video)
     places = set(streamed_places(len(slabs), resident, profile.slots))
     staying = sum(size for place, size in enumerate(slabs) if place not in places)
     slots = profile.slots * max((slabs[place] for place in places), default=0)
     activations = activation_bytes(
-        sizes.transformer, image, text, chunking, scheme=sizes.scheme, compute=profile.compute, element=ELEMENT
+        sizes.transformer,
+        image,
+        text,
+        chunking,
+        scheme=sizes.scheme,
+        compute=profile.compute,
+        element=ELEMENT,
+        attention=_attention_bytes(sizes, video, profile, machine, chunking),
     )
     return LIBRARIES + sizes.loop + staying + slots + _input_bytes(sizes, video) + activations
+
+
+def _attention_bytes(
+    sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking
+) -> int:
+    """What one attention call takes beside its result, and the order of tokens where the backend has its own."""
+    config, (image, text) = sizes.transformer, tokens(sizes, video)
+    order = order_bytes(image, math.prod(config.patch_size), config.in_channels)
+    taken = extra_bytes(
+        profile.attention,
+        image // latent_frames(sizes, video),
+        image,
+        text,
+        chunking.heads,
+        config.head_dim,
+        density=profile.sparse_density,
+        value=1 if machine.float8 else 2,
+    )
+    return taken + (order if profile.attention == "triton-sparse" else 0)
 
 
 def _input_bytes(sizes: ModelSizes, video: Video) -> int:
@@ -225,9 +260,14 @@ def _input_bytes(sizes: ModelSizes, video: Video) -> int:
     return latents + further + guided + rope + step_bytes(config, text, ELEMENT)
 
 
+def latent_frames(sizes: ModelSizes, video: Video) -> int:
+    """Frames of the latents: the first, and one for each four that follow it."""
+    return (video.frames - 1) // sizes.vae.time_ratio + 1
+
+
 def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
     """Image tokens of the video, and text tokens of the longest prompt."""
-    frames = (video.frames - 1) // sizes.vae.time_ratio + 1
+    frames = latent_frames(sizes, video)
     side = sizes.vae.spatial_ratio * sizes.transformer.patch_size[1]
     image = frames * (video.height // side) * (video.width // side)
     return image, longest_prompt(sizes.text_encoder, sizes.variant.image_row_stride)
@@ -235,7 +275,7 @@ def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
 
 def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> dict[str, PhasePlan]:
     """All phases but the loop: nothing in them depends on resident blocks or chunks of it."""
-    frames = (video.frames - 1) // sizes.vae.time_ratio + 1
+    frames = latent_frames(sizes, video)
     ratio = sizes.vae.spatial_ratio
     latent = Shape(frames, video.height // ratio, video.width // ratio)
     text = tokens(sizes, video)[1]
@@ -251,7 +291,7 @@ def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: 
         PhasePlan("pooled text", LIBRARIES + sizes.clip, PROCESS_RAM),
         PhasePlan("image", LIBRARIES + _encode_bytes(sizes.vae, video), PROCESS_RAM),
         PhasePlan("conditioning", LIBRARIES + sizes.before + conditioning, PROCESS_RAM + hoisted + ring),
-        PhasePlan("decode", LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
+        PhasePlan("decode", DECODE_LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
     )
     return {phase.name: phase for phase in phases}
 
@@ -266,9 +306,9 @@ def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeCh
     """Video memory and RAM of decoding. Where no chunk is small enough: what there is and a little more."""
     try:
         arguments = vae, latent, policy_of(policy), chunking, ELEMENT
-        return int(FRAGMENTS * decode_bytes(*arguments)), decode_host_bytes(*arguments)
+        return decode_bytes(*arguments), decode_host_bytes(*arguments)
     except ResourceError:
-        return int(FRAGMENTS * chunking.device_bytes) + LIBRARIES, 0
+        return chunking.device_bytes + LIBRARIES, 0
 
 
 def _within_ram(sizes: ModelSizes, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
@@ -293,14 +333,15 @@ def _within_ram(sizes: ModelSizes, profile: VramProfile, plan: MemoryPlan, ram: 
     )
 
 
-def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> ResourceError:
+def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> ResourceError:
     """What does not fit, what it needs at least, what there is, and the nearest video that fits."""
+    limit = limit_of(profile, machine)
     assert limit is not None
     phases = list(_other_phases(sizes, video, profile, limit).values())
     smallest = chunkings(sizes.transformer.heads)[-1]
-    phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, smallest, 0), 0))
+    phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, machine, smallest, 0), 0))
     worst = max(phases, key=lambda phase: phase.vram)
-    fitting = partial(fits, sizes, profile=profile, limit=limit)
+    fitting = partial(fits, sizes, profile=profile, machine=machine)
     frames, size = most_frames(video, fitting), largest_size(video, fitting)
     nearest = [f"--frames {frames} at this size"] if frames else []
     nearest += [f"--size {size[0]}x{size[1]} with {video.frames} frames"] if size else []
@@ -311,11 +352,14 @@ def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int |
     )
 
 
-def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, limit: int) -> bool:
+def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, machine: Machine) -> bool:
     """Whether some plan for this video stays below the limit."""
+    limit = limit_of(profile, machine)
+    if limit is None:
+        return True
     smallest = chunkings(sizes.transformer.heads)[-1]
     resident = max(profile.resident_blocks, 0)
-    return _denoise_bytes(sizes, video, profile, smallest, resident) + MARGIN <= limit and all(
+    return _denoise_bytes(sizes, video, profile, machine, smallest, resident) + MARGIN <= limit and all(
         phase.vram <= limit for phase in _other_phases(sizes, video, profile, limit).values()
     )
 

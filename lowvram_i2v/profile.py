@@ -29,6 +29,8 @@ class VramProfile:
     reserve_gib: how much of it CUDA and the libraries take for themselves, outside torch's allocator.
     compute: how quantized layers multiply: "w8a16" exactly, after dequantizing, "w8a8" in 8 bits.
     attention: a name from the table of attention backends.
+    sparse_density: of "triton-sparse": the share of key blocks that a block of queries sees exactly.
+    sparse_after: of "triton-sparse": the share of the steps that run dense before.
     decode: "reference" gives what the released code's tiles give, "seamless" decodes the video as one, without tiles.
     host: where streamed blocks wait: "pinned" in RAM, "mapped" in the file; "auto" is the first that fits.
     resident_blocks: how many of the transformer's blocks keep their weights on the device; -1 for as many as fit.
@@ -41,6 +43,8 @@ class VramProfile:
     reserve_gib: float
     compute: str
     attention: str
+    sparse_density: float
+    sparse_after: float
     decode: str
     host: str
     resident_blocks: int
@@ -99,6 +103,10 @@ def _checked(name: str, values: dict[str, object]) -> VramProfile:
         faults.append(f"vram_gib is {profile.vram_gib:g}, not a size in GiB or 0 for what is free")
     if not profile.reserve_gib >= 0 or 0 < profile.vram_gib <= profile.reserve_gib:
         faults.append(f"reserve_gib is {profile.reserve_gib:g}, not a part of vram_gib")
+    if not 0 < profile.sparse_density <= 1:
+        faults.append(f"sparse_density is {profile.sparse_density:g}, not above 0 and up to 1")
+    if not 0 <= profile.sparse_after <= 1:
+        faults.append(f"sparse_after is {profile.sparse_after:g}, not from 0 to 1")
     if profile.resident_blocks < -1:
         faults.append(f"resident_blocks is {profile.resident_blocks}, not a number of blocks or -1 for all that fit")
     if profile.slots < FEWEST_SLOTS:

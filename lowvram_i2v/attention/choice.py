@@ -1,7 +1,8 @@
 """Which attention backend runs on this machine, and why: the profile's, or sdpa where that one cannot.
 
 A backend's self-test runs it on a few hundred tokens of this card and compares with the definition in float32
-(`kernels.attention_cases`); one that fails is not used. Nothing approximate is chosen unless it was asked for: `auto` stays exact without `eight_bit`.
+(`kernels.attention_cases`); one that fails is not used. Nothing approximate is chosen unless it was asked for: `auto`
+stays exact without `eight_bit`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-EIGHT_BIT = frozenset({"triton-int8", "sage"})
+EIGHT_BIT = frozenset({"triton-int8", "triton-sparse", "sage"})
 """Backends that quantize, which are held to the limits of 8 bits."""
 HEAD_DIMS = (32, 64, 128, 256)
 
@@ -56,9 +57,10 @@ def missing(name: str, device: torch.device, head_dim: int) -> str | None:
     if name == "sdpa":
         return None
     if device.type != "cuda":
-        return "it needs a CUDA device"
-    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-        return f"the package {PACKAGES[name]} is not installed"
+        return None if name == "triton-sparse" else "it needs a CUDA device"
+    package = "triton" if name.startswith("triton") else PACKAGES.get(name)
+    if package is not None and find_spec(package) is None:
+        return f"the package {package} is not installed"
     if name.startswith("triton") and head_dim not in HEAD_DIMS:
         return f"heads have {head_dim} channels, its kernels know {HEAD_DIMS}"
     return None
@@ -73,7 +75,12 @@ def self_test(name: str, device: torch.device, head_dim: int = 128) -> str | Non
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         with torch.inference_mode():
-            return attention_cases.fault(get(name), name in EIGHT_BIT, head_dim, device, dtype)
+            wrong = attention_cases.fault(get(name), name in EIGHT_BIT, head_dim, device, dtype)
+            if wrong is not None or name != "triton-sparse":
+                return wrong
+            from lowvram_i2v.attention import sparse_trial
+
+            return sparse_trial.fault(device, head_dim, dtype)
     except LowVramError as refused:
         return refused.what
     except Exception as failed:  # noqa: BLE001 - whatever a driver, a compiler or a foreign package raises

@@ -130,25 +130,28 @@ class HunyuanVideoTransformer(nn.Module):
         rope: Rope,
         blocks: Iterable[nn.Module] | None = None,
         work: Workspace | None = None,
+        attend: AttentionBackend | None = None,
     ) -> Tensor:
         """latents [in_channels, T, H, W] -> velocity [out_channels, T, H, W], float32.
 
         rope: `rope_table` of the token grid T x H/2 x W/2. blocks: all blocks in order, each with its weights in place
         from when it is yielded until the next one is asked for; None for the model's own. work: memory to compute in,
-        by chunks of tokens and without autograd; None for the plain way.
+        by chunks of tokens and without autograd; None for the plain way. attend: this prediction's attention; None for
+        the model's own.
         """
+        attend = attend or self.attend
         stream = iter(self.blocks().values() if blocks is None else blocks)
         grid = [size // patch for size, patch in zip(latents.shape[1:], self.config.patch_size, strict=True)]
         first_tokens = grid[1] * grid[2] if step.vectors == 2 else 0
         if work is not None:
-            return self.unpatchify(self._in_chunks(latents, step, rope, stream, first_tokens, work), grid)
+            return self.unpatchify(self._in_chunks(latents, step, rope, stream, first_tokens, work, attend), grid)
 
         img, txt = self.img_in(latents.to(self.img_in.proj.weight.dtype)), step.txt
         for block, modulations in zip(islice(stream, len(self.double_blocks)), step.double(), strict=True):
-            img, txt = block(img, txt, modulations, first_tokens, rope, self.attend)
+            img, txt = block(img, txt, modulations, first_tokens, rope, attend)
         x = torch.cat([img, txt])
         for block, modulation in zip(stream, step.single(), strict=True):
-            x = block(x, modulation, first_tokens, rope, self.attend)
+            x = block(x, modulation, first_tokens, rope, attend)
         return self.unpatchify(self.final_layer(x[: len(img)], step.final()), grid)
 
     @torch.no_grad()
@@ -160,10 +163,11 @@ class HunyuanVideoTransformer(nn.Module):
         stream: Iterator[nn.Module],
         first_tokens: int,
         work: Workspace,
+        attend: AttentionBackend,
     ) -> Tensor:
         """As `predict`, up to the values of patches [tokens, channels * patch]."""
         step = replace(step, modulation=step.modulation.float())
-        run = chunked.begin(work, self.img_in, latents, step.txt, first_tokens, rope, self.attend)
+        run = chunked.begin(work, self.img_in, latents, step.txt, first_tokens, rope, attend)
         for block, modulations in zip(islice(stream, len(self.double_blocks)), step.double(), strict=True):
             assert isinstance(block, DoubleBlock)
             chunked.double_block(block, run, modulations)

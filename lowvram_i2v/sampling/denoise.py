@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from lowvram_i2v.attention import ByLayout, Layout
 from lowvram_i2v.dit.blocks import Rope
 from lowvram_i2v.dit.conditioning import StepConditioning
+from lowvram_i2v.dit.token_order import TokenOrder
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.sampling.conditioning import Conditioning
@@ -28,6 +30,8 @@ class GuidedVelocity:
 
     positive, negative: what the transformer's `condition` gave for each step. blocks: the transformer's, iterated once
     for each prediction; None where all weights are in place. work: memory for the predictions, of both prompts in turn.
+    attention: chooses each prediction's; None for the transformer's own. order: of the tokens inside a prediction, and
+    so of `rope`; None for raster order.
     """
 
     transformer: HunyuanVideoTransformer
@@ -37,18 +41,32 @@ class GuidedVelocity:
     rope: Rope
     blocks: Iterable[nn.Module] | None = None
     work: Workspace | None = None
+    attention: ByLayout | None = None
+    order: TokenOrder | None = None
 
     def __call__(self, model_input: Tensor, step: int) -> Tensor:
         """model_input [in_channels, T, H, W], step counted from 0 -> velocity [16, T, H, W], float32."""
-        conditional = self._predict(model_input, self.positive[step])
+        if self.order is not None:
+            model_input = self.order.arranged(model_input)
+        velocity = self._guided(model_input, step)
+        return velocity if self.order is None else self.order.restored(velocity)
+
+    def _guided(self, model_input: Tensor, step: int) -> Tensor:
+        conditional = self._predict(model_input, self.positive, step)
         if self.negative is None:
             return conditional
-        unconditional = self._predict(model_input, self.negative[step])
+        unconditional = self._predict(model_input, self.negative, step)
         return unconditional + self.cfg * (conditional - unconditional)
 
-    def _predict(self, model_input: Tensor, step: StepConditioning) -> Tensor:
-        step = step.to(model_input.device)
-        return self.transformer.predict(model_input, step, self.rope, self.blocks, self.work)
+    def _predict(self, model_input: Tensor, steps: list[StepConditioning], step: int) -> Tensor:
+        conditioning = steps[step].to(model_input.device)
+        attend = None
+        if self.attention is not None:
+            frames = model_input.shape[1] // self.transformer.config.patch_size[0]
+            image_tokens = len(self.rope[0])
+            text_tokens = len(conditioning.txt)
+            attend = self.attention(Layout(image_tokens // frames, image_tokens, text_tokens, step, len(steps)))
+        return self.transformer.predict(model_input, conditioning, self.rope, self.blocks, self.work, attend)
 
 
 def denoise(

@@ -30,7 +30,8 @@ def dense(card: str, tile: Tile, dtype: str = "bf16") -> Variant:
     if tile.tma:
         sizes = {"q": tile.rows, "k": tile.keys, "v": tile.keys}
         types |= {name: f"tensordesc<{dtype}[{rows}, {DIM}]>" for name, rows in sizes.items()}
-        constants |= {"SPECIALIZE": tile.specialize}
+        constants |= {"SPECIALIZE": tile.specialize, "OVERLAP": tile.overlap}
+        types |= {"q": f"*{dtype}"} if tile.specialize else {}
         kernel = attention_dense.dense_descriptor_kernel
     else:
         types |= dict.fromkeys(("q", "k", "v"), f"*{dtype}")
@@ -44,6 +45,7 @@ def dense(card: str, tile: Tile, dtype: str = "bf16") -> Variant:
 
 def int8(card: str, tile: Tile) -> Variant:
     constants = {"ROWS": tile.rows, "KEYS": tile.keys, "DIM": DIM, "PV": tile.pv, "SEGMENT": tile.segment}
+    constants |= {"OVERLAP": bool(tile.overlap)}
     strides = ("q_stride", "q_head_stride", "out_stride", "out_head_stride", "padded")
     types = dict.fromkeys((*strides, "n_q", "n_kv"), "i32") | {"factor": "fp32", "q": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("k_scale", "v_scale", "v_centre"), "*fp32")
@@ -57,11 +59,22 @@ def int8(card: str, tile: Tile) -> Variant:
 
 def sparse(card: str, tile: Tile) -> Variant:
     whole = int8(card, tile)
-    constants = {name: value for name, value in whole.constants.items() if name != "SEGMENT"} | {"LENGTH": 6}
+    constants = {name: value for name, value in whole.constants.items() if name not in ("SEGMENT", "OVERLAP")} | {
+        "LENGTH": 6,
+        "STAGES": 2 * tile.stages - 1,
+    }
     types = whole.types | {"mean_k": "*i8", "mean_v": whole.types["v"], "mean_k_scale": "*fp32", "blocks": "*i32"}
-    types |= {"skipped": "*u8", "kept": "i32", "mean_padded": "i32"}
+    types |= {"skipped": "*u8", "every": "*i32", "kept": "i32", "text_from": "i32", "mean_padded": "i32"}
     kernel, aligned = attention_sparse.sparse_kernel, (*whole.aligned, "mean_padded")
     return replace(whole, name=f"sparse {tile}", kernel=kernel, types=types, constants=constants, aligned=aligned)
+
+
+def routing(card: str, tile: Tile) -> Variant:
+    """The lists of 1280x720, 129 frames: 1863 key blocks."""
+    types = dict.fromkeys(("count", "padded", "kept", "first", "last"), "i32")
+    types |= {"scores": "*fp32", "blocks": "*i32", "skipped": "*u8"}
+    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "SIZE": 2048}
+    return Variant("route_kernel", attention_sparse.route_kernel, types, constants, int(card[3:]), 4, 3, ("padded",))
 
 
 def quantizers(card: str, tile: Tile) -> list[Variant]:
@@ -99,6 +112,6 @@ def variants(first: bool = False) -> list[tuple[str, Variant]]:
             found += [(card, make(card, tile)) for tile in (tiles[:1] if first else tiles)]
     if not first:
         for card, tiles in INT8.items():
-            found.append((card, sparse(card, tiles[0])))
+            found += [(card, sparse(card, tiles[0])), (card, routing(card, tiles[0]))]
             found += [(card, variant) for variant in quantizers(card, tiles[0])]
     return found

@@ -21,10 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.streaming import loaded, open_transformer  # noqa: E402
 from step_inputs import random_inputs  # noqa: E402
 
+from lowvram_i2v import attention  # noqa: E402
+from lowvram_i2v.attention import Layout  # noqa: E402
 from lowvram_i2v.checkpoint import ModelFolder  # noqa: E402
 from lowvram_i2v.device import describe, limited, outside_allocator, pick_device, release  # noqa: E402
 from lowvram_i2v.dit import chunked  # noqa: E402
 from lowvram_i2v.dit.workspace import Workspace  # noqa: E402
+from lowvram_i2v.kernels.ops import choose  # noqa: E402
 from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.plan import GIB, Machine, MemoryPlan, Video, make_plan, tokens  # noqa: E402
 from lowvram_i2v.profile import VramProfile, load_profile, profile_names  # noqa: E402
@@ -60,11 +63,15 @@ def measure(model: ModelFolder, plan: MemoryPlan, profile: VramProfile, video: V
             dtype=torch.bfloat16,
             text_tokens=text,
         )
-        work = Workspace(config, len(inputs.rope[0]), text, plan.chunking, device, torch.bfloat16)
+        image, ops = len(inputs.rope[0]), choose(device)
+        work = Workspace(config, image, text, plan.chunking, device, torch.bfloat16, ops)
 
         step = replace(inputs.steps[0], modulation=inputs.steps[0].modulation.float())
-        first = len(inputs.rope[0]) // inputs.latents.shape[1] if step.vectors == 2 else 0
-        run = chunked.begin(work, transformer.img_in, inputs.latents, step.txt, first, inputs.rope, transformer.attend)
+        frame = image // inputs.latents.shape[1]
+        by_layout = attention.by_layout(profile.attention, profile.sparse_density, 0.0)
+        attend = by_layout(Layout(frame, image, text, 0, 1)) if by_layout else transformer.attend
+        first = frame if step.vectors == 2 else 0
+        run = chunked.begin(work, transformer.img_in, inputs.latents, step.txt, first, inputs.rope, attend)
         double, single = step.double(), step.single()
         for place, block in enumerate(stream):
             if place < 2:

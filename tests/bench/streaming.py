@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from lowvram_i2v.checkpoint import ModelFolder, ModelHeader, read_records  # noq
 from lowvram_i2v.device import describe, pick_device, release  # noqa: E402
 from lowvram_i2v.dit.conditioning import is_conditioning  # noqa: E402
 from lowvram_i2v.dit.config import TransformerConfig  # noqa: E402
+from lowvram_i2v.dit.token_order import token_order  # noqa: E402
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block  # noqa: E402
 from lowvram_i2v.dit.workspace import Chunking, Workspace  # noqa: E402
 from lowvram_i2v.kernels.ops import PLAIN, choose  # noqa: E402
 from lowvram_i2v.kernels.quant_linear import set_compute  # noqa: E402
 from lowvram_i2v.safetensors_file import open_safetensors  # noqa: E402
+from lowvram_i2v.sampling.denoise import GuidedVelocity  # noqa: E402
 from lowvram_i2v.streaming.block_stream import BlockStream  # noqa: E402
 from lowvram_i2v.streaming.load import stream_blocks  # noqa: E402
 from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
@@ -41,17 +44,16 @@ from lowvram_i2v.variant import VARIANTS  # noqa: E402
 
 
 @torch.inference_mode()
-def time_steps(
-    transformer: HunyuanVideoTransformer, stream: BlockStream[torch.cuda.Event], inputs: Inputs, work: Workspace
-) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each step, and the sum of the velocities of all of them."""
-    transformer.predict(inputs.latents[:, :2], inputs.steps[0], _first(inputs, 2), stream, work)  # warms up
+def time_steps(velocity: GuidedVelocity, warming: GuidedVelocity, inputs: Inputs) -> tuple[list[float], torch.Tensor]:
+    """Seconds of each step, and the sum of the velocities of all of them. warming: the same for two frames."""
+    for step in {0, len(inputs.steps) - 1}:
+        warming(inputs.latents[:, :2], step)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(inputs.steps) + 1)]
     marks[0].record()
     total: torch.Tensor | None = None
-    for step, mark in zip(inputs.steps, marks[1:], strict=True):
-        velocity = transformer.predict(inputs.latents, step, inputs.rope, stream, work)
-        total = velocity if total is None else total + velocity
+    for step, mark in enumerate(marks[1:]):
+        result = velocity(inputs.latents, step)
+        total = result if total is None else total + result
         mark.record()
     torch.cuda.synchronize()
     assert total is not None
@@ -63,6 +65,12 @@ def _first(inputs: Inputs, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotary table of the first latent frames."""
     tokens = frames * len(inputs.rope[0]) // inputs.latents.shape[1]
     return inputs.rope[0][:tokens], inputs.rope[1][:tokens]
+
+
+def _grid(inputs: Inputs) -> tuple[int, int, int]:
+    """Tokens in time and space."""
+    _, frames, height, width = inputs.latents.shape
+    return frames, height // 2, width // 2
 
 
 def measure(
@@ -81,13 +89,18 @@ def measure(
         text = len(inputs.steps[0].txt)
         ops = choose(device) if options.ops == "fused" else PLAIN
         work = Workspace(model.header.transformer, len(inputs.rope[0]), text, chunking, device, torch.bfloat16, ops)
-        seconds, result = time_steps(transformer, stream, inputs, work)
+        by_layout = attention.by_layout(options.attention, options.density, options.after)
+        guided = partial(GuidedVelocity, transformer, inputs.steps, None, 1.0)
+        order = None if by_layout is None else token_order(_grid(inputs), transformer.config.patch_size).to(device)
+        velocity = guided(inputs.rope, stream, work, by_layout, order)
+        seconds, result = time_steps(velocity, guided(_first(inputs, 2), stream, work, by_layout), inputs)
     median = statistics.median(seconds)
     same = "-" if first is None else "yes" if torch.equal(first, result) else "NO"
     row = [
         way,
         f"{median:.3f} s",
         f"{min(seconds):.3f} .. {max(seconds):.3f} s",
+        f"{statistics.mean(seconds):.3f} s",
         f"{weights / 2**30:.2f} GiB",
         f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB",
         f"{torch.cuda.max_memory_reserved(device) / 2**30:.2f} GiB",
@@ -149,6 +162,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=24, help="of one attention call")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--density", type=float, default=0.2, help="of triton-sparse")
+    parser.add_argument("--after", type=float, default=0.2, help="share of dense steps before, of triton-sparse")
     options = parser.parse_args()
     device, model = pick_device("cuda"), open_transformer(options.model)
     width, height = (int(side) for side in options.size.split("x"))
@@ -161,10 +176,10 @@ def main() -> None:
         dtype=torch.bfloat16,
         text_tokens=options.text_tokens,
     )
-    what = f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.size}x{options.frames}"
-    print(f"{what}, {describe(device)}")
-    print("| resident blocks | median step | min .. max | weights | peak | reserved | load | same bits |")
-    print("|---|---|---|---|---|---|---|---|")
+    what = f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.attention}"
+    print(f"{what}, {options.size}x{options.frames}, {describe(device)}")
+    print("| resident blocks | median step | min .. max | mean | weights | peak | reserved | load | same bits |")
+    print("|---|---|---|---|---|---|---|---|---|")
     medians, result = [], None
     for resident in options.resident:
         median, result_now = measure(model, inputs, options, resident, result)

@@ -53,6 +53,14 @@ def test_a_backend_that_fails_its_self_test_is_not_used(
     assert said in chosen.why
 
 
+def test_sparse_attention_is_held_to_its_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram_i2v.attention import sparse_trial
+
+    assert choice.obstacle("triton-sparse", CPU, 32) is None
+    monkeypatch.setattr(sparse_trial, "attend", lambda q, k, v, **_: reference.attention(q, k, v))
+    assert "(sparse) is off by" in str(choice.obstacle("triton-sparse", CPU, 32))
+
+
 def test_other_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None if name == "sageattention" else object())
     assert "sageattention" in choice.choose("sage", CUDA, 128).why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from tiny_models import model_once as model_once
 from tiny_models import released_once as released_once
 
 from lowvram_i2v import cli
+from lowvram_i2v.attention import choice
+from lowvram_i2v.kernels.attention_reference import attention
 from lowvram_i2v.safetensors_file import SafetensorsFile
 from lowvram_i2v.video import read_settings
 
+AUTO = Path(__file__).resolve().parents[2] / "profiles" / "auto.toml"
 SMALL = ("--size", "64x48", "--frames", "9", "--steps", "2", "--device", "cpu")
 Run = Callable[..., int]
 
@@ -74,6 +78,20 @@ def test_a_video_of_exact_size_that_can_be_repeated(
     seed = str(settings["seed"] + 1)
     assert cli.main(["generate", "--like", str(out), "--device", "cpu", "--seed", seed, "--output", str(other)]) == 0
     assert other.read_bytes() != out.read_bytes()
+
+
+def test_a_wrong_attention_backend_is_refused_and_the_run_goes_on(
+    generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = re.sub(r'(?m)^attention = "[^"]*"', 'attention = "triton-int8"', AUTO.read_text(encoding="utf-8"))
+    (tmp_path / "mine.toml").write_text(mine, encoding="utf-8")
+    monkeypatch.setattr(choice, "missing", lambda *_: None)  # as on a card that has it
+    monkeypatch.setattr(choice, "get", lambda _: lambda q, k, v: attention(q, k, v) + 0.5 * v)
+    assert generate("--output", str(tmp_path / "out.mp4"), "--profile", str(tmp_path / "mine.toml")) == 0
+    notice = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("attention: "))
+    assert notice.startswith("attention: sdpa (triton-int8 cannot run here")
+    assert "its self-test (flat) is off by" in notice
+    assert (tmp_path / "out.mp4").is_file()
 
 
 def test_the_closing_table_names_every_phase(generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A fused kernel that fails its self-test on a card is not used there, and the user is told."""
+"""A kernel or an attention backend that fails its self-test on a card is not used there, and the user is told."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from typing import Any
 import pytest
 import torch
 
+from lowvram_i2v import job as jobs
 from lowvram_i2v import pipeline
+from lowvram_i2v.attention import choice
 from lowvram_i2v.dit import chunked
 from lowvram_i2v.dit.config import TransformerConfig
+from lowvram_i2v.errors import RequestError
 from lowvram_i2v.events import Event, Notice
 from lowvram_i2v.kernels.ops import PLAIN, Ops
+from lowvram_i2v.profile import load_profile
 
 BROKEN = replace(PLAIN, gelu=lambda x, out: out.fill_(1))
 
 
-def job(said: list[Event]) -> Any:
-    header = SimpleNamespace(transformer=TransformerConfig(hidden_size=256, heads=2))
-    return SimpleNamespace(model=SimpleNamespace(header=header), device=torch.device("cpu"), listen=said.append)
+def job(said: list[Event], compute: str = "w8a16") -> Any:
+    header = SimpleNamespace(transformer=TransformerConfig(hidden_size=256, heads=2), scheme="int8")
+    return SimpleNamespace(
+        model=SimpleNamespace(header=header),
+        profile=SimpleNamespace(compute=compute),
+        device=torch.device("cpu"),
+        listen=said.append,
+    )
 
 
 def test_a_broken_kernel_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +48,18 @@ def test_a_broken_kernel_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -
     assert "self-test" in said[0].text
 
 
+@pytest.mark.parametrize(("compute", "found"), [("w8a16", 0), ("w8a8", 1)])
+def test_only_what_the_profile_uses_is_tested(compute: str, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_image(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    broken = replace(PLAIN, linear=no_image)
+    monkeypatch.setattr(pipeline, "choose", lambda device, refused=(): PLAIN if refused else broken)
+    said: list[Event] = []
+    pipeline._trusted_ops(job(said, compute), torch.float32)
+    assert len(said) == found
+
+
 def test_without_kernels_there_is_nothing_to_test() -> None:
     said: list[Event] = []
     assert pipeline._trusted_ops(job(said), torch.float32) is PLAIN
@@ -48,3 +69,27 @@ def test_without_kernels_there_is_nothing_to_test() -> None:
 def test_all_ops_in_use_are_tested() -> None:
     source = Path(chunked.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"\bops\.([a-z]\w+)\(", source)) == set(chunked.OPS)
+
+
+def attending(backend: str) -> tuple[str, list[Event]]:
+    """Which attention runs on the CPU where a profile names one, and what is said."""
+    said: list[Event] = []
+    profile = replace(load_profile("auto"), attention=backend)
+    return jobs._attending(profile, 128, torch.device("cpu"), said.append).attention, said
+
+
+def test_attention_that_cannot_run_is_replaced_and_named() -> None:
+    assert attending("sdpa") == ("sdpa", [])
+    assert attending("triton") == (
+        "sdpa",
+        [Notice("attention: sdpa (triton cannot run here: it needs a CUDA device)")],
+    )
+    with pytest.raises(RequestError, match="'magic' is not known"):
+        attending("magic")
+
+
+def test_auto_says_what_it_took() -> None:
+    name, said = attending(choice.AUTO)
+    assert name == "sdpa"
+    assert isinstance(said[0], Notice)
+    assert said[0].text.startswith("attention: sdpa (")

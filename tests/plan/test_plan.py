@@ -77,7 +77,7 @@ def test_a_plan_fits_or_is_refused_with_something_that_fits(
     video, profile = Video(*size, frames, cfg=cfg), sized(gib)
     limit = limit_of(profile, NOWHERE)
     assert limit is not None
-    if not fits(released(), video, profile=profile, limit=limit):
+    if not fits(released(), video, profile=profile, machine=NOWHERE):
         with pytest.raises(ResourceError, match=f"{limit / GIB:.2f} GiB") as refused:
             make_plan(released(), video, profile, NOWHERE)
         assert "What fits: --" in refused.value.remedy or "Nothing fits" in refused.value.remedy
@@ -94,7 +94,7 @@ def test_what_fits_at_most_fits_and_one_more_does_not(size: tuple[int, int], fra
     profile = sized(gib)
     limit = limit_of(profile, NOWHERE)
     assert limit is not None
-    fitting = partial(fits, released(), profile=profile, limit=limit)
+    fitting = partial(fits, released(), profile=profile, machine=NOWHERE)
     video = Video(*size, frames)
     if most := most_frames(video, fitting):
         assert fitting(replace(video, frames=most))

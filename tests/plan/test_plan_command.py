@@ -10,7 +10,7 @@ from tiny_models import Made
 from tiny_models import model_once as model_once
 from tiny_models import released_once as released_once
 
-from lowvram_i2v.cards import CARDS, Work, step_seconds
+from lowvram_i2v.cards import CARDS, Work, attention_time, step_seconds
 from lowvram_i2v.cli import main
 from lowvram_i2v.dit.config import TransformerConfig
 
@@ -81,3 +81,7 @@ def test_a_step_takes_the_longer_of_arithmetic_and_copying() -> None:
     small = Work.of(config, 100, 100, 2)
     assert step_seconds(card, small, 25_000_000_000, False) == pytest.approx(1.0)
     assert step_seconds(card, work, 0, True) < step_seconds(card, work, 0, False)
+    times = [attention_time(name, 0.2, 0.2) for name in ("sdpa", "triton-int8", "triton-sparse")]
+    assert times == sorted(times, reverse=True)
+    assert step_seconds(card, work, 0, True, times[2]) < step_seconds(card, work, 0, True)
+    assert attention_time("triton-sparse", 1.0, 0.5) == attention_time("triton-int8", 1.0, 0.5)

@@ -38,7 +38,7 @@ ALLOWED = {
     "vae": {"vae", "kernels", "attention", "streaming", "device", "errors"},
     "text": {"text", "streaming", "kernels", "safetensors_file", "errors"},
     "embed_cache": {"checkpoint", "safetensors_file", "text", *LEAVES},
-    "sampling": {"sampling", "dit", "variant", "errors"},
+    "sampling": {"sampling", "attention", "dit", "variant", "errors"},
     "safetensors_file": {"errors"},
     "checkpoint": {"safetensors_file", "kernels", "variant", "errors", *CONFIGS},
     "convert": {

@@ -15,6 +15,8 @@ vram_gib = 6.0
 reserve_gib = 0.75
 compute = "w8a16"
 attention = "sdpa"
+sparse_density = 0.2
+sparse_after = 0.2
 decode = "seamless"
 host = "auto"
 resident_blocks = 0
@@ -47,6 +49,8 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         (GOOD.replace("slots = 2", 'slots = "2"'), "slots is not an integer"),
         (GOOD.replace("w8a16", "w4a4"), "compute is 'w4a4'"),
         (GOOD.replace('"auto"', '"floppy"'), "host is 'floppy'"),
+        (GOOD.replace("density = 0.2", "density = 0.0"), "sparse_density is 0"),
+        (GOOD.replace("after = 0.2", "after = 1.5"), "sparse_after is 1.5"),
         (GOOD.replace("6.0", "6"), "vram_gib is not a number with a decimal point"),
         (GOOD.replace("6.0", "0.5"), "reserve_gib is 0.75"),
         (GOOD.replace("6.0", "-1.0"), "vram_gib is -1"),

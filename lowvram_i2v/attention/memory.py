@@ -1,0 +1,46 @@
+"""What attention backends allocate beside their result, for the planner: arithmetic only, no torch.
+
+Torch's own and flash-attn's keep one float32 a row and head, and ours in 16 bits nothing; what SageAttention takes is
+an estimate from how it works: 8-bit queries and keys, centred keys and values in 16 bits.
+"""
+
+from __future__ import annotations
+
+from lowvram_i2v.kernels.attention_cut import code_bytes, cut_sequence, sparse_bytes
+
+FLOAT32, INDEX = 4, 8
+SAGE_BYTES = 6
+
+
+def extra_bytes(
+    backend: str,
+    first_tokens: int,
+    image_tokens: int,
+    text_tokens: int,
+    heads: int,
+    dim: int,
+    *,
+    density: float = 1.0,
+    value: int = 1,
+) -> int:
+    """Peak bytes of one call over `heads` heads of `dim` channels, its result not counted.
+
+    density: of "triton-sparse". value: bytes of an 8-bit backend's code of V: 2 on RTX 30, which has no 8-bit floats.
+    """
+    tokens = image_tokens + text_tokens
+    if backend in ("sdpa", "flash"):
+        return FLOAT32 * tokens * heads
+    if backend == "sage":
+        return SAGE_BYTES * tokens * heads * dim
+    if backend == "triton-int8":
+        return code_bytes(tokens, heads, dim, value)
+    if backend == "triton-sparse":
+        cut = cut_sequence(tokens, first_tokens, image_tokens, density)
+        return max(sparse_bytes(cut, heads, dim, value), code_bytes(tokens, heads, dim, value))
+    return 0
+
+
+def order_bytes(image_tokens: int, patch: int, in_channels: int) -> int:
+    """Device bytes of a `dit.token_order.TokenOrder` and of the latents that it arranges; patch: positions of one
+    token's patch."""
+    return INDEX * image_tokens * (1 + 2 * patch) + FLOAT32 * in_channels * image_tokens * patch

@@ -1,0 +1,88 @@
+"""`check-kernels`: every op and backend has its row, a wrong one is named, and the exit status says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram_i2v import attention, cli, kernel_check
+from lowvram_i2v.kernels import op_cases
+from lowvram_i2v.kernels.op_cases import CASES, Sizes
+from lowvram_i2v.kernels.ops import PLAIN
+
+CPU = torch.device("cpu")
+FEW = Sizes(40, 13, 2, 16, 48)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "ON_CPU", FEW)
+
+
+@pytest.mark.usefixtures("few")
+def test_without_a_card_plain_torch_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-kernels", "--quick", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{name} " in said for name in CASES)
+    assert all(f" {name} " in said for name in attention.BACKENDS)
+    assert "Kernels need a CUDA card" in said
+    assert "WRONG" not in said
+
+
+@pytest.mark.usefixtures("few")
+def test_wrong_ops_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    table = replace(PLAIN, gelu=lambda x, out: out.copy_(2 * x), gated_residual_=broken)
+    monkeypatch.setattr(kernel_check, "choose", lambda _: table)
+    monkeypatch.setattr(kernel_check.attention, "get", lambda _: lambda q, k, v: v)
+    assert cli.main(["check-kernels", "--tokens", "90", "--device", "cpu"]) == 1
+    lines = {line.partition("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["gelu"].endswith("WRONG")
+    assert lines["gated residual"].endswith("WRONG RuntimeError: no kernel image")
+    assert lines["norm, modulate"].endswith("right")
+    assert lines["attention, peaked"].endswith("WRONG")
+
+
+def test_no_tokens_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check-kernels", "--tokens", "0"]) == 1
+    assert "--tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_timed_is_the_call_of_the_case(name: str) -> None:
+    """Recorded once, with arguments that every table takes."""
+    case, calls = CASES[name], []
+    table = replace(PLAIN, **{case.op: kernel_check._recording(getattr(PLAIN, case.op), calls)})
+    op_cases.error(case, table, FEW, CPU, torch.float32)
+    assert len(calls) == 1
+    getattr(PLAIN, case.op)(*calls[0])
+
+
+def test_the_length_of_a_video() -> None:
+    from lowvram_i2v.cli_kernels import VIDEO, tokens_of
+    from lowvram_i2v.plan import Video, tokens
+    from lowvram_i2v.sizes import sizes_of
+    from lowvram_i2v.synth.headers import model_headers
+    from lowvram_i2v.variant import VARIANTS
+
+    sizes = sizes_of(model_headers("full", VARIANTS["token_replace"], "int8"))
+    assert tokens_of(VIDEO) == sum(tokens(sizes, Video(*VIDEO)))
+
+
+@pytest.mark.gpu
+def test_all_kernels_are_right_on_this_card() -> None:
+    rows = list(kernel_check.check(torch.device("cuda"), 5001))
+    assert not [row for row in rows if not row.right]
+    assert all(row.ms for row in rows if row.kernel == "triton" and not row.op.startswith("attention"))
+
+
+@pytest.mark.gpu
+def test_times_are_those_of_the_device() -> None:
+    x = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    y: Tensor = torch.empty_like(x)
+    assert 0.01 < kernel_check.milliseconds(lambda: y.copy_(x), x.device) < 50
