@@ -5,10 +5,6 @@ A program owns `rows` queries of one head and walks over all keys, a tile at a t
 the softmax (flash attention). Only the last, ragged tile of keys is masked; the loop before it has no branch. Scores,
 softmax and the sum of P V are float32; P is rounded to the inputs' dtype.
 
-Keys and values come by pointers, or on Hopper by tensor descriptors (TMA), where a warp group of its own can load them.
-There products run by themselves, and with `OVERLAP` a turn of the loop multiplies the P of the tile before, so that the
-softmax of this tile hides that product.
-
 Invariants: a program reads its own queries before it writes, and nobody else reads them, so `out` may be q itself;
 token offsets are 64-bit; token counts are run-time values, so a new prompt length compiles nothing.
 
@@ -21,14 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_i2v.kernels.attention_launch import (
-    LOG2_E,
-    allow_scratch,
-    check_inputs,
-    launch_options,
-    on_device,
-    rows_descriptor,
-)
+from lowvram_i2v.kernels.attention_launch import LOG2_E, check_inputs, launch_options, on_device
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 
@@ -105,77 +94,18 @@ def dense_kernel(
     store_rows(out, acc, l, rows, head, n_q, out_stride, out_head_stride, DIM)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_kv"])
-def dense_descriptor_kernel(
-    q, k, v, out, q_stride, out_stride, out_head_stride, n_q, n_kv, scale,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPECIALIZE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """k, v are descriptors of [tokens, heads * DIM]; what lies beyond the last token is read as zero. So is q, but a
-    pointer where warps are specialized: each group of warps loads its half, and only a descriptor that is made here is
-    cut in halves with it."""
-    first = tl.program_id(0) * ROWS
-    column = tl.program_id(1) * DIM
-    if SPECIALIZE:
-        q = tl.make_tensor_descriptor(q, [n_q, tl.num_programs(1) * DIM], [q_stride, 1], [ROWS, DIM])
-    q_tile = q.load([first, column])
-    m = tl.full([ROWS], -float("inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
-    full = n_kv // KEYS * KEYS
-    # warps are specialized only where no product stands outside the loop, so there every tile is masked
-    end = tl.cdiv(n_kv, KEYS) * KEYS if SPECIALIZE else full
-    if OVERLAP != "":
-        p = tl.zeros([ROWS, KEYS], v.dtype if OVERLAP == "rounded" else tl.float32)
-        alpha = tl.zeros([ROWS], tl.float32)
-        for start in tl.range(0, full, KEYS):
-            s = tl.dot(q_tile, tl.trans(k.load([start, column])))
-            acc = acc * alpha[:, None]
-            acc = tl.dot(p.to(v.dtype), v.load([tl.maximum(start - KEYS, 0), column]), acc)
-            p, alpha, m, l = softmax_step(s, m, l, scale)
-            if OVERLAP == "rounded":
-                p = p.to(v.dtype)
-        acc = tl.dot(p.to(v.dtype), v.load([tl.maximum(full - KEYS, 0), column]), acc * alpha[:, None])
-    else:
-        for start in tl.range(0, end, KEYS, warp_specialize=SPECIALIZE):
-            s = tl.dot(q_tile, tl.trans(k.load([start, column])))
-            if SPECIALIZE:
-                s = tl.where(tl.arange(0, KEYS)[None, :] < n_kv - start, s, -float("inf"))
-            p, alpha, m, l = softmax_step(s, m, l, scale)
-            acc = acc * alpha[:, None]
-            v_tile = v.load([start, column])
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
-    if not SPECIALIZE:  # noqa: SIM102, known when compiled: `and` would be a branch at run time
-        if full < n_kv:
-            k_tile = k.load([full, column])
-            v_tile = v.load([full, column])
-            m, l, acc = attend_last_tile(q_tile, k_tile, v_tile, m, l, acc, scale, n_kv - full, KEYS)
-    rows = first + tl.arange(0, ROWS)
-    store_rows(out, acc, l, rows, tl.program_id(1).to(tl.int64), n_q, out_stride, out_head_stride, DIM)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, out: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v: q [queries, heads, dim], k, v [keys, heads, dim] -> [queries, heads, dim].
 
-    Channels are contiguous, other strides are free; with `tile.tma` a token's heads are contiguous too. `out` may be
-    q.
+    Channels are contiguous, other strides are free. `out` may be q.
     """
     check_inputs(q, k, v)
     tokens, heads, dim = q.shape
     out = q.new_empty(q.shape) if out is None else out
-    grid = (triton.cdiv(tokens, tile.rows), heads)
-    scale = LOG2_E * dim**-0.5
-    options = {"ROWS": tile.rows, "KEYS": tile.keys, "DIM": dim} | launch_options(tile)
+    token_strides, head_strides = ([x.stride(axis) for x in (q, k, v, out)] for axis in (0, 1))
     with on_device(q):
-        if tile.tma:
-            described = [rows_descriptor(x, rows) for x, rows in ((q, tile.rows), (k, tile.keys), (v, tile.keys))]
-            if tile.specialize:
-                described[0] = q
-                allow_scratch(q.device)
-            dense_descriptor_kernel[grid](
-                *described, out, q.stride(0), *out.stride()[:2], tokens, len(k), scale,
-                SPECIALIZE=tile.specialize, OVERLAP=tile.overlap, **options,
-            )  # fmt: skip
-        else:
-            token_strides, head_strides = ([x.stride(axis) for x in (q, k, v, out)] for axis in (0, 1))
-            dense_kernel[grid](q, k, v, out, *token_strides, *head_strides, tokens, len(k), scale, **options)
+        dense_kernel[(triton.cdiv(tokens, tile.rows), heads)](
+            q, k, v, out, *token_strides, *head_strides, tokens, len(k), LOG2_E * dim**-0.5,
+            ROWS=tile.rows, KEYS=tile.keys, DIM=dim, **launch_options(tile),
+        )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What every launch of an attention kernel shares: the check of its inputs, the device, tensor descriptors."""
+"""What every launch of an attention kernel shares: the check of its inputs, and the device."""
 
 from __future__ import annotations
 
@@ -34,27 +34,9 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
     """What Triton is told beside the kernel's own constants; from 3.10 it fuses multiply and add only when asked."""
-    options: dict[str, int | bool] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return options | ({"maxnreg": tile.registers} if tile.registers else {})
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def card(device: torch.device) -> str:
     """The tiles' name for a CUDA device, as "sm_89". Raises PlatformError for a card that is too old."""
     return family(torch.cuda.get_device_capability(device))
-
-
-def rows_descriptor(x: Tensor, rows: int) -> object:
-    """x [tokens, heads, dim] as a tensor descriptor of [tokens, heads * dim] that yields [rows, dim]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    tokens, heads, dim = x.shape
-    if heads > 1 and x.stride(1) != dim:
-        raise ValueError(f"a token's heads must be contiguous: strides {x.stride()}")
-    return TensorDescriptor(x, [tokens, heads * dim], [x.stride(0), 1], [rows, dim])
-
-
-def allow_scratch(device: torch.device) -> None:
-    """Lets Triton allocate, through torch, the few bytes a program needs for a descriptor that it makes itself."""
-    import triton
-
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))

@@ -22,13 +22,8 @@ from lowvram_i2v.errors import PlatformError
 class Tile:
     """One way to cut attention.
 
-    rows, keys: of one tile of scores. warps, stages: of the program. tma: keys and values come by tensor descriptors.
-    specialize: a producer warp group loads them (needs tma). pv: how P and V are multiplied; "16" is the inputs' own
-    dtype, the others belong to the 8-bit kernel: "fp16", "fp16_acc16", "fp8", "fp8_acc16", "fp8_scaled".
-    segment: after so many tiles the sum of the tensor cores, which keeps about 14 bits in fp8, moves to a float32 one;
-    0 never. overlap: the tensor cores multiply a tile's P by V while the softmax of the next tile is computed, which
-    takes products that run by themselves (Hopper's); until then P waits in "float32", or already "rounded".
-    registers: the most that a thread may have, so that two programs fit on a processor; 0 as the compiler likes.
+    rows, keys: of one tile of scores. warps, stages: of the program. pv: how P and V are multiplied; "16" is the
+    inputs' own dtype, the others belong to the 8-bit kernel: "fp16", "fp16_acc16", "fp8", "fp8_acc16", "fp8_scaled".
     """
 
     rows: int
@@ -36,19 +31,10 @@ class Tile:
     warps: int
     stages: int
     pv: str = "16"
-    tma: bool = False
-    specialize: bool = False
-    segment: int = 0
-    overlap: str = ""
-    registers: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.rows}x{self.keys}", f"{self.warps}w", f"{self.stages}s"]
-        parts += [] if self.pv == "16" else [self.pv]
-        parts += ["tma"] * self.tma + ["ws"] * self.specialize + [f"seg{self.segment}"] * bool(self.segment)
-        parts += [f"overlap {self.overlap}"] * bool(self.overlap)
-        parts += [f"{self.registers} registers"] * bool(self.registers)
-        return " ".join(parts)
+        return " ".join(parts + ([] if self.pv == "16" else [self.pv]))
 
 
 SHARED_MEMORY = {"sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_120": 101_376}
@@ -57,30 +43,14 @@ SHARED_MEMORY = {"sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_120":
 DENSE = {
     "sm_86": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
     "sm_89": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-    "sm_90": (
-        Tile(128, 128, 8, 2, tma=True),
-        Tile(128, 128, 8, 2, tma=True, overlap="float32"),
-        Tile(128, 128, 8, 2, tma=True, overlap="rounded"),
-        Tile(128, 64, 8, 2, tma=True, overlap="rounded", registers=128),
-        Tile(128, 128, 8, 3),
-        Tile(128, 128, 4, 2, tma=True, specialize=True),
-    ),
+    "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2)),
     "sm_120": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
 }
 
 INT8 = {
     "sm_86": (Tile(128, 64, 8, 3, "fp16_acc16"), Tile(128, 64, 8, 3, "fp16")),
-    "sm_89": (Tile(128, 64, 8, 3, "fp8_acc16"), Tile(128, 64, 8, 3, "fp8"), Tile(128, 64, 8, 3, "fp8", segment=1)),
-    "sm_90": (
-        Tile(128, 64, 4, 3, "fp8"),
-        Tile(128, 64, 4, 3, "fp8", segment=128),
-        Tile(128, 128, 8, 3, "fp8", segment=1),
-        Tile(128, 128, 8, 3, "fp8", overlap="float32"),
-        Tile(128, 64, 8, 4, "fp8", segment=1, overlap="float32"),
-        Tile(128, 64, 8, 4, "fp8", segment=1),
-        Tile(128, 128, 8, 3, "fp8"),
-        Tile(128, 128, 8, 3, "fp16"),
-    ),
+    "sm_89": (Tile(128, 64, 8, 3, "fp8_acc16"), Tile(128, 64, 8, 3, "fp8")),
+    "sm_90": (Tile(128, 64, 4, 3, "fp8"), Tile(128, 128, 8, 3, "fp8"), Tile(128, 128, 8, 3, "fp16")),
     "sm_120": (Tile(128, 64, 8, 3, "fp8_scaled"), Tile(128, 64, 8, 2, "fp8_scaled")),
 }
 

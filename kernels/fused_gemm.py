@@ -45,8 +45,8 @@ class Tile:
 
 
 TILES = {
-    (9, torch.int8): Tile(128, 256, 128, 8, 3),
-    (9, torch.float8_e4m3fn): Tile(128, 256, 128, 8, 3),
+    (9, torch.int8): Tile(256, 128, 128, 8, 3),
+    (9, torch.float8_e4m3fn): Tile(128, 256, 128, 8, 4),
 }
 """Major compute capability and codes -> tile; TILE for all others."""
 
@@ -141,7 +141,7 @@ def product_kernel(
         w_tile += BK
     column = (inside // height) * BN
     finish_parts(sums, row, column, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens, out_stride,
-                 gate_stride, BM, BN, 64 if THEN == "gated" else 128, BIAS, THEN)  # fmt: skip
+                 gate_stride, BM, BN, 8192 // BM if THEN == "gated" else 128, BIAS, THEN)  # fmt: skip
 
 
 def linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,8 @@
 """Triton kernels that read and write rows once: norm + modulate, gated residual, GELU, and rows as 8-bit codes.
 
 One program handles one row and keeps it in registers, so each value crosses the memory bus once each way; rows may be
-any distance apart. A row of 3072 values is a tile of 2048 and one of 1024: tiles are powers of two, and one of 4096
-would leave a quarter of the threads idle.
+any distance apart. A row of 3072 values is a tile of 2048 and one of 1024, or three of 1024: tiles are powers of two,
+and one of 4096 would leave a quarter of the threads idle.
 
 Invariants: float32 inside, one rounding at the end; a row's result does not depend on the other rows; row offsets are
 64-bit (119 200 rows of 21 504 values are more than 2^31), the row count is never part of what is compiled.
@@ -40,10 +40,15 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def magnitudes(values):
+    """As the bits of float32: integers order them the same, and what is no number comes out largest."""
+    return tl.abs(values).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def magnitude(values):
-    """Largest magnitude of a tile, as the bits of a float32: integers order them the same, and what is no number comes
-    out largest."""
-    return tl.max(tl.abs(values).to(tl.int32, bitcast=True), 0)
+    """Largest magnitude of a tile, as bits."""
+    return tl.max(magnitudes(values), 0)
 
 
 @triton.jit
@@ -62,49 +67,94 @@ def encode(values, inverse, LARGEST: tl.constexpr, dtype: tl.constexpr):
         return (values * inverse).to(dtype)
 
 
+@triton.jit
+def rounded(values, inverse, LARGEST: tl.constexpr, dtype: tl.constexpr):
+    """As codes, or, with LARGEST 0, as they are."""
+    if LARGEST:
+        return encode(values, inverse, LARGEST, dtype)
+    else:
+        return values.to(dtype)
+
+
+@triton.jit
+def third(START: tl.constexpr, STEP: tl.constexpr):
+    """Columns START .. START + STEP as [STEP / 4, 4]: the last axis keeps a thread to 4 columns side by side, so that
+    what a warp reads at once is one stretch of memory, for float32 vectors, 16-bit rows and codes alike. Left to
+    itself the compiler gives each thread as many columns as fill 16 bytes of codes: 64 bytes of a vector."""
+    SIDE: tl.constexpr = 4 if STEP >= 4 else STEP
+    return START + tl.arange(0, STEP // SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+
+
+@triton.jit
+def read_third(pointer, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
+    """As float32, zeros beyond WIDTH. KEEP: other rows read the same."""
+    columns = third(START, STEP)
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    if START + STEP <= WIDTH:
+        return tl.load(pointer + columns, eviction_policy=policy).to(tl.float32)
+    else:
+        return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0, eviction_policy=policy).to(tl.float32)
+
+
+@triton.jit
+def minus(values, mean, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """values - mean, zeros beyond WIDTH."""
+    values -= mean
+    if START + STEP > WIDTH:
+        values = tl.where(third(START, STEP) < WIDTH, values, 0.0)
+    return values
+
+
+@triton.jit
+def modulate_third(values, shift, scale, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    factor = 1.0 + read_third(scale, START, STEP, WIDTH, True)
+    return values * factor + read_third(shift, START, STEP, WIDTH, True)
+
+
+@triton.jit
+def write_third(pointer, values, code, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip # noqa: E501
+    columns = third(START, STEP)
+    stored = rounded(values, code, LARGEST, pointer.dtype.element_ty)
+    if START + STEP <= WIDTH:
+        tl.store(pointer + columns, stored)
+    else:
+        tl.store(pointer + columns, stored, mask=columns < WIDTH)
+
+
 @triton.jit(do_not_specialize=["first_tokens"])
 def modulate_kernel(
     x, shift, scale, out, out_scale, first_tokens, x_stride, vector_stride, out_stride,
-    WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    """A row in three parts of STEP columns: added part by part, threads exchange one number for each of its sums."""
     row = tl.program_id(0)
     x += row.to(tl.int64) * x_stride
     out += row.to(tl.int64) * out_stride
     vector = tl.where(row < first_tokens, 1, 0) * vector_stride
     shift += vector
     scale += vector
-    a = tl.arange(0, A)
-    xa = tl.load(x + a).to(tl.float32)
-    total = tl.sum(xa, 0)
-    if B:
-        b = A + tl.arange(0, B)
-        live = b < WIDTH
-        xb = tl.load(x + b, mask=live, other=0.0).to(tl.float32)
-        total += tl.sum(xb, 0)
-    mean = total / WIDTH
-    xa -= mean
-    squares = tl.sum(xa * xa, 0)
-    if B:
-        xb = tl.where(live, xb - mean, 0.0)
-        squares += tl.sum(xb * xb, 0)
-    inverse = tl.rsqrt(squares / WIDTH + EPS)
-    ya = xa * inverse * (1.0 + tl.load(scale + a).to(tl.float32)) + tl.load(shift + a).to(tl.float32)
-    if B:
-        yb = xb * inverse * (1.0 + tl.load(scale + b, mask=live, other=0.0).to(tl.float32))
-        yb += tl.load(shift + b, mask=live, other=0.0).to(tl.float32)
+    B: tl.constexpr = STEP
+    C: tl.constexpr = 2 * STEP
+    xa = read_third(x, 0, STEP, WIDTH, False)
+    xb = read_third(x, B, STEP, WIDTH, False)
+    xc = read_third(x, C, STEP, WIDTH, False)
+    mean = tl.sum(tl.sum(xa + xb + xc, 1), 0) / WIDTH
+    xa = minus(xa, mean, 0, STEP, WIDTH)
+    xb = minus(xb, mean, B, STEP, WIDTH)
+    xc = minus(xc, mean, C, STEP, WIDTH)
+    inverse = tl.rsqrt(tl.sum(tl.sum(xa * xa + xb * xb + xc * xc, 1), 0) / WIDTH + EPS)
+    ya = modulate_third(xa * inverse, shift, scale, 0, STEP, WIDTH)
+    yb = modulate_third(xb * inverse, shift, scale, B, STEP, WIDTH)
+    yc = modulate_third(xc * inverse, shift, scale, C, STEP, WIDTH)
+    code = 1.0
     if LARGEST:
-        largest = magnitude(ya)
-        if B:
-            largest = tl.maximum(largest, magnitude(yb))
-        row_scale = scale_of(largest, LARGEST)
+        largest = tl.maximum(tl.maximum(magnitudes(ya), magnitudes(yb)), magnitudes(yc))
+        row_scale = scale_of(tl.max(tl.max(largest, 1), 0), LARGEST)
+        code = 1.0 / row_scale
         tl.store(out_scale + row, row_scale)
-        tl.store(out + a, encode(ya, 1.0 / row_scale, LARGEST, out.dtype.element_ty))
-        if B:
-            tl.store(out + b, encode(yb, 1.0 / row_scale, LARGEST, out.dtype.element_ty), mask=live)
-    else:
-        tl.store(out + a, ya.to(out.dtype.element_ty))
-        if B:
-            tl.store(out + b, yb.to(out.dtype.element_ty), mask=live)
+    write_third(out, ya, code, 0, STEP, WIDTH, LARGEST)
+    write_third(out, yb, code, B, STEP, WIDTH, LARGEST)
+    write_third(out, yc, code, C, STEP, WIDTH, LARGEST)
 
 
 @triton.jit(do_not_specialize=["first_tokens"])
@@ -145,10 +195,7 @@ def read_tile(pointer, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def write_tile(pointer, values, inverse, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip # noqa: E501
     columns = START + tl.arange(0, BLOCK)
-    if LARGEST:
-        stored = encode(values, inverse, LARGEST, pointer.dtype.element_ty)
-    else:
-        stored = values.to(pointer.dtype.element_ty)
+    stored = rounded(values, inverse, LARGEST, pointer.dtype.element_ty)
     if START + BLOCK <= WIDTH:
         tl.store(pointer + columns, stored)
     else:
@@ -224,18 +271,24 @@ def layer_norm_modulate_codes(x: Tensor, shift: Tensor, scale: Tensor, first_tok
 
 
 def launch_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, out: Tensor, out_scale: Tensor | None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    first_tokens: int,
+    out: Tensor,
+    out_scale: Tensor | None,
+    num_warps: int | None = None,
 ) -> None:
     rows, width = x.shape
     check_rows(x, shift, scale, out)
     if shift.stride(0) != scale.stride(0):
         shift, scale = shift.contiguous(), scale.contiguous()
-    a, b = tiles(width)
     with on_device(x):
         modulate_kernel[(rows,)](
             x, shift, scale, out, out if out_scale is None else out_scale, first_tokens,
             x.stride(0), shift.stride(0), out.stride(0),
-            WIDTH=width, A=a, B=b, LARGEST=0 if out_scale is None else int(LARGEST[out.dtype]), num_warps=warps(width),
+            WIDTH=width, STEP=triton.next_power_of_2(triton.cdiv(width, 3)),
+            LARGEST=0 if out_scale is None else int(LARGEST[out.dtype]), num_warps=num_warps or warps(width),
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from lowvram_i2v.vae.convolution import trusted_convolution
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.frames import Frames, Memory
 from lowvram_i2v.vae.layout import AttentionLayout, Layout
-from lowvram_i2v.vae.planning import Step, plan_route, tile_chunking
+from lowvram_i2v.vae.planning import Step, plan_route, tile_chunking, video_bytes
 from lowvram_i2v.vae.policy import DecodeChunking, Policy
 from lowvram_i2v.vae.route import Rows, Shape, Stage, bands, rows_through, spans
 from lowvram_i2v.vae.streamed import Room, Runnable, State, StreamedAttention, StreamedStage, streamed_stages
@@ -63,11 +63,12 @@ def decode_frames(
             tiles = engine.tiles(Shape(*latent.shape[1:]), policy, chunking)
             yield from blend_segments(tiles, latent, Tiling.from_config(config), _land, _join)
             return
-        frames = engine.decode(latent, policy, chunking).clone()
+        frames = engine.decode(latent, policy, chunking)
+        engine.only_video()
+        for first in range(0, frames.shape[1], EMITTED):
+            yield frames[:, first : first + EMITTED].float()
     finally:
         engine.close()
-    for first in range(0, frames.shape[1], EMITTED):
-        yield frames[:, first : first + EMITTED].float()
 
 
 def _land(part: Tensor) -> Tensor:
@@ -96,6 +97,10 @@ class Engine:
         self._stages = streamed_stages(decoder, convolve, trusted_attention(self._device, self._dtype))
         release(self._device)  # what the weights were made in
         self._memory = Memory(self._device, self._dtype)
+
+    def only_video(self) -> None:
+        """Begins to give back all memory but that of the frames which `decode` returned."""
+        self._memory.only_video()
 
     def close(self) -> None:
         self._memory.close()
@@ -133,7 +138,8 @@ class Engine:
 
     def run(self, latent: Tensor, route: Sequence[Step]) -> Frames:
         """One clip, with its own moments, along `route`: frames of pictures, which the engine's memory holds."""
-        self._memory.fit(max(step.piece for step in route), max(step.host_bytes for step in route))
+        video = video_bytes(route)
+        self._memory.fit(max(step.piece for step in route), max(step.host_bytes for step in route) - video, video)
         with torch.inference_mode():
             return _Run(self._stages, self._memory, route, self._watch).decode(self._after_quantization(latent))
 

@@ -7,8 +7,9 @@ buffers each way, which the segment lends, taken in turn, and events in between.
 In place: a new tensor may be written over the old one while that is still read. A stage needs rows above those that it
 makes, so the new tensor lies that many rows higher (`over`), in rows that were read before or are spare.
 
-Memory: one piece of the device's and one of the host's, as large as the plan says, made once for all tiles.
-Page-locking takes a while; a thread does it while the device computes what comes before.
+Memory: one piece of the device's, one of the host's, and one there for the video's frames alone, as large as the plan
+says, made once for all tiles. Page-locking takes a while, and so does its end: threads do it, while the device computes
+what comes before, and while finished frames are taken.
 """
 
 from __future__ import annotations
@@ -166,20 +167,19 @@ class _Buffer:
 
 
 class HostPiece:
-    """Page-locked host memory. A thread locks it, while the device computes what comes before, and gives it back."""
+    """Page-locked host memory. A thread locks it while the device computes what comes before, and gives it back."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._size = device, 0
-        self._thread = ThreadPoolExecutor(1)
-        self._locked = ExitStack()
+        self._device, self.size = device, 0
+        self._thread, self._locked = ThreadPoolExecutor(1), ExitStack()
         self._memory: Future[Tensor] | None = None
+        self._given: Future[None] | None = None
 
-    def fit(self, size: int) -> None:
-        """Begins to make it at least as large as this."""
-        if self._size < size:
-            self.close()
-            self._size, self._thread = size, ThreadPoolExecutor(1)
-            self._memory = self._thread.submit(lambda: self._locked.enter_context(arena(size, self._device)))
+    def make(self, size: int) -> None:
+        """Begins to make it anew. Copies have ended."""
+        self.close()
+        self.size = size
+        self._memory = self._thread.submit(self._lock, size)
 
     def memory(self) -> Tensor:
         """Waits until it is locked. Raises ResourceError if the host has too little memory to lock."""
@@ -187,19 +187,24 @@ class HostPiece:
         return self._memory.result()
 
     def unlock(self) -> None:
-        """Begins to give it back. All copies have ended. Raises ResourceError if it could not be had."""
-        memory, self._memory, self._size = self._memory, None, 0
+        """Begins to give it back. Copies have ended. Raises ResourceError if it could not be had."""
+        memory, self._memory, self.size = self._memory, None, 0
         if memory is not None:
             memory.result()
-            del memory  # the thread has the last reference, so that it frees the pages
-            self._unlocked = self._thread.submit(self._locked.close)
+            del memory  # the thread lets go of it last: freeing takes a while too
+            self._given = self._thread.submit(self._give_back)
 
     def close(self) -> None:
         """Gives it back. Raises as `unlock`."""
-        try:
-            self.unlock()
-        finally:
-            self._thread.shutdown()
+        self.unlock()
+        if self._given is not None:
+            self._given.result()
+
+    def _lock(self, size: int) -> Tensor:
+        return self._locked.enter_context(arena(size, self._device))
+
+    def _give_back(self) -> None:
+        self._locked.close()
 
 
 class Memory:
@@ -216,9 +221,10 @@ class Memory:
         if self._piece.numel() < piece:
             self._piece = self._piece[:0].clone()  # gone before the larger one comes
             self._piece = torch.empty(piece, dtype=torch.uint8, device=self._device)
-        self.settle()
-        self._host.fit(host)
-        self._video.fit(video)
+        for kept, size in ((self._host, host), (self._video, video)):
+            if kept.size < size:
+                self.settle()
+                kept.make(size)
 
     def drop(self) -> None:
         """The device's piece, after it was too large."""
@@ -234,10 +240,11 @@ class Memory:
 
     def close(self) -> None:
         """Raises ResourceError if the host's pieces could not be had."""
-        with ExitStack() as stack:
-            stack.callback(self._video.close)
-            stack.callback(self._host.close)
+        try:
             self.only_video()
+        finally:
+            self._host.close()
+            self._video.close()
 
     def begin(self) -> None:
         if self.courier is not None:
@@ -259,16 +266,12 @@ class Memory:
         """Room for a tensor at its place. Raises ResourceError if the host has too little memory to lock."""
         size = (shape.frames, shape.height + spare, shape.width, channels)
         on_device = kept.memory == "device"
-        piece = self._piece if on_device else self._locked_memory()
+        piece = self._piece if on_device else {"host": self._host, "video": self._video}[kept.memory].memory()
         start = kept.place.offset(piece.numel())
         memory = piece[start : start + prod(size) * self._dtype.itemsize].view(self._dtype).view(size)
         if on_device or self.courier is None:
             return Frames(memory, shape, spare)
         return HostFrames(memory, shape, spare, self.courier)
-
-    def _locked_memory(self) -> Tensor:
-        assert self._host is not None
-        return self._host.result()
 
     def beside(self, frames: Frames) -> Tensor:
         """A clip's frames [3, F, H, W] as float32, at the other end of the device's piece: nothing else is kept now."""

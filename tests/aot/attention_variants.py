@@ -20,6 +20,8 @@ MATRIX = {
     ("sm_120", "fp8_scaled"): ("IMMA", "QMMA.SF"),
 }
 """The instructions of Q K and P V."""
+VALUES = {"BLOCK": attention_quantize.BLOCK, "DIM": DIM, "UNIT": attention_quantize.UNIT}
+VECTORS = ("centre", "k_centre", "v_centre", "v_scale", "reach")
 
 
 def dense(card: str, tile: Tile, dtype: str = "bf16") -> Variant:
@@ -27,25 +29,16 @@ def dense(card: str, tile: Tile, dtype: str = "bf16") -> Variant:
     types = dict.fromkeys(("n_q", "n_kv"), "i32") | {"scale": "fp32", "out": f"*{dtype}"}
     strides = [f"{x}{kind}_stride" for kind in ("", "_head") for x in ("q", "k", "v", "out")]
     types |= dict.fromkeys(strides, "i32")
-    if tile.tma:
-        sizes = {"q": tile.rows, "k": tile.keys, "v": tile.keys}
-        types |= {name: f"tensordesc<{dtype}[{rows}, {DIM}]>" for name, rows in sizes.items()}
-        constants |= {"SPECIALIZE": tile.specialize, "OVERLAP": tile.overlap}
-        types |= {"q": f"*{dtype}"} if tile.specialize else {}
-        kernel = attention_dense.dense_descriptor_kernel
-    else:
-        types |= dict.fromkeys(("q", "k", "v"), f"*{dtype}")
-        kernel = attention_dense.dense_kernel
+    types |= dict.fromkeys(("q", "k", "v"), f"*{dtype}")
     name = f"dense {dtype} {tile}"
     return Variant(
-        name, kernel, types, constants, int(card[3:]), tile.warps, tile.stages, tuple(strides),
+        name, attention_dense.dense_kernel, types, constants, int(card[3:]), tile.warps, tile.stages, tuple(strides),
         SHARED_MEMORY[card], ("HGMMA",) if card == "sm_90" else ("HMMA.16816.F32",),
     )  # fmt: skip
 
 
 def int8(card: str, tile: Tile) -> Variant:
-    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "DIM": DIM, "PV": tile.pv, "SEGMENT": tile.segment}
-    constants |= {"OVERLAP": bool(tile.overlap)}
+    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "DIM": DIM, "PV": tile.pv}
     strides = ("q_stride", "q_head_stride", "out_stride", "out_head_stride", "padded")
     types = dict.fromkeys((*strides, "n_q", "n_kv"), "i32") | {"factor": "fp32", "q": "*bf16", "out": "*bf16"}
     types |= dict.fromkeys(("k_scale", "v_scale", "v_centre"), "*fp32")
@@ -59,10 +52,7 @@ def int8(card: str, tile: Tile) -> Variant:
 
 def sparse(card: str, tile: Tile) -> Variant:
     whole = int8(card, tile)
-    constants = {name: value for name, value in whole.constants.items() if name not in ("SEGMENT", "OVERLAP")} | {
-        "LENGTH": 6,
-        "STAGES": 2 * tile.stages - 1,
-    }
+    constants = whole.constants | {"LENGTH": 6, "STAGES": 2 * tile.stages - 1}
     types = whole.types | {"mean_k": "*i8", "mean_v": whole.types["v"], "mean_k_scale": "*fp32", "blocks": "*i32"}
     types |= {"skipped": "*u8", "every": "*i32", "kept": "i32", "text_from": "i32", "mean_padded": "i32"}
     kernel, aligned = attention_sparse.sparse_kernel, (*whole.aligned, "mean_padded")
@@ -80,10 +70,11 @@ def routing(card: str, tile: Tile) -> Variant:
 def quantizers(card: str, tile: Tile) -> list[Variant]:
     """The kernels of `attention_quantize`; they multiply no matrices, so the gate wants none."""
     k, v, sums = {"k": "*bf16"}, {"v": "*bf16"}, ("k_sum", "v_sum", "v_low", "v_high")
+    largest = attention_quantize.LARGEST_VALUE[tile.pv]
     code = "*fp8e4nv" if tile.pv.startswith("fp8") else "*fp16"
     strides = [f"{x}{kind}_stride" for x in "kv" for kind in ("", "_head")]
-    integers = dict.fromkeys((*strides, "tokens", "chunk", "padded"), "i32")
-    floats = dict.fromkeys((*sums, "centre", "inverse", "scales"), "*fp32")
+    integers = dict.fromkeys((*strides, "tokens", "chunk", "padded", "parts", "k_count"), "i32")
+    floats = dict.fromkeys((*sums, *VECTORS, "scales"), "*fp32") | {"errors": "*i32"}
     made = []
     for name, codes, constants in (
         (
@@ -92,15 +83,18 @@ def quantizers(card: str, tile: Tile) -> list[Variant]:
             {"STRIP": attention_quantize.STRIP, "DIM": DIM, "SAMPLED": attention_quantize.SAMPLED},
         ),
         ("keys_kernel", "*i8", {"KEYS": tile.keys, "DIM": DIM}),
-        ("values_kernel", code, {"BLOCK": 64, "DIM": DIM, "EIGHT": tile.pv.startswith("fp8")}),
+        ("values_kernel", code, VALUES | {"EIGHT": tile.pv.startswith("fp8"), "LARGEST": largest}),
+        ("centres_kernel", code, {"STRIP": attention_quantize.STRIP, "DIM": DIM}),
+        ("shift_kernel", code, {"DIM": DIM, "LARGEST": largest, "UNIT": attention_quantize.UNIT}),
     ):
         types = k | v | integers | floats | {"codes": codes}
         kernel = getattr(attention_quantize, name)
+        warps = attention_quantize.WARPS if name == "values_kernel" else 4
         aligned = (
             *(x for x in strides if x in kernel.arg_names),
             *(["padded"] if "padded" in kernel.arg_names else []),
         )
-        made.append(Variant(f"{name} {tile.pv}", kernel, types, constants, int(card[3:]), 4, 3, aligned))
+        made.append(Variant(f"{name} {tile.pv}", kernel, types, constants, int(card[3:]), warps, 3, aligned))
     return made
 
 

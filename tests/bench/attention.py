@@ -3,7 +3,7 @@
 Every kernel is first compiled and tried on a few tokens in a process of its own, one for each core; those that fail or
 hang are left out. Then come two tables for each number of tokens. Speeds count the two products of exact attention
 (4 tokens^2 heads dim); the time of 8-bit kernels includes quantization. Tiles are those of `attention_tiles.py`; the
-first of a list is the one that the backends use. About 70 s on an H100; nothing new is begun after --seconds.
+first of a list is the one that the backends use. About 40 s on an H100; nothing new is begun after --seconds.
 """
 
 from __future__ import annotations

@@ -1,14 +1,19 @@
 """Decoding in one process, random weights of full width: `python tests/bench/decode.py [--sizes 1280x720 ...]`.
 
 For each size and policy a Markdown row: seconds, peaks of device memory (allocated, reserved, predicted) and of host
-memory, and the floor: the convolutions at the rate measured here, plus the attention. With --diffusers its two tilings.
-With --profile, for the last size: seconds of each segment, then the kernels that took longest, of both policies; the
-attention of one frame by itself; time that the host takes for planning and for making the engine ready.
+memory, and the floor: the convolutions at the rate measured here, plus the attention. A run before warms up: the whole
+clip, or, where tiles are decoded, the tiles of the first time.
+
+With --profile, also where the host's time went, seconds of each segment, and the attention of one frame by itself.
+With --kernels, the kernels that took longest, of the run that warms up.
+With --diffusers, nothing but its two tilings, for the first size: a few frames to warm up, then one run, which ends
+after --limit seconds with the share of tiles that it had decoded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import os
@@ -16,8 +21,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -27,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from lowvram_i2v.device import describe, pick_device  # noqa: E402
+from lowvram_i2v.vae import engine as engine_module  # noqa: E402
+from lowvram_i2v.vae import frames as frames_module  # noqa: E402
 from lowvram_i2v.vae.attention import by_products, fused, trusted_attention  # noqa: E402
 from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
 from lowvram_i2v.vae.convolution import convolved, trusted_convolution  # noqa: E402
@@ -42,6 +51,19 @@ from lowvram_i2v.vae.streamed import Room  # noqa: E402
 
 GIB = 2**30
 ATTENTION_RATE = 84e12  # of one head of dimension 512 in SDPA on an H100
+WATCHED = (
+    (Engine, "__init__", "making the engine ready"),
+    (engine_module, "tile_chunking", "planning what a tile may take"),
+    (engine_module, "plan_route", "planning routes"),
+    (frames_module.Memory, "fit", "asking for memory"),
+    (frames_module.HostPiece, "memory", "waiting for locked memory"),
+    (frames_module.HostPiece, "_lock", "a thread: making memory and locking it"),
+    (Engine, "run", "giving the device its work"),
+    (frames_module.Courier, "settle", "waiting for the device and its copies"),
+    (engine_module, "_join", "waiting for the device, joining tiles"),
+    (frames_module.HostPiece, "_give_back", "a thread: unlocking memory and freeing it"),
+    (frames_module.HostPiece, "close", "waiting for that"),
+)
 
 
 def rss() -> int:
@@ -118,9 +140,9 @@ def convolution_rate(device: torch.device) -> float:
     return 10 * 2 * 27 * 128 * 128 * out[..., 0].numel() / (time.perf_counter() - start)
 
 
-def measured(run: Callable[[], None]) -> str:
-    """Seconds | allocated | reserved | host, of the second of two runs, weights included."""
-    for _ in range(2):
+def measured(run: Callable[[], None], warm_up: Callable[[], None]) -> str:
+    """Seconds | allocated | reserved | host, of `run` after `warm_up`, weights included."""
+    for work in (warm_up, run):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +150,7 @@ def measured(run: Callable[[], None]) -> str:
         with PeakRss() as host:
             torch.cuda.synchronize()
             start = time.perf_counter()
-            run()
+            work()
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
     allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
@@ -148,6 +170,7 @@ def bench_engine(options: argparse.Namespace, device: torch.device) -> None:
     with torch.device("meta"):
         decoder = VaeDecoder(config)
     random_module(decoder, device)
+    reports: list[str] = []
     for size in options.sizes:
         width, height = map(int, size.split("x"))
         latent = torch.randn(16, (options.frames - 1) // 4 + 1, height // 8, width // 8, device=device)
@@ -155,18 +178,15 @@ def bench_engine(options: argparse.Namespace, device: torch.device) -> None:
         for name in options.policies:
             policy = POLICIES[name]
             need, held = (count(config, shape, policy, chunking, 2) / GIB for count in (decode_bytes, host_bytes))
-
-            def decode() -> None:
-                for _ in decode_frames(decoder, latent, policy, chunking):  # noqa: B023
-                    pass
-
+            clip = Clip(decoder, latent, policy, chunking)
             floor = floor_seconds(config, shape, rate)
-            row = attempt(lambda: measured(decode))
+            row = attempt(lambda: measured(clip.decode, clip.under_profiler if options.kernels else clip.warm_up))  # noqa: B023
             print(f"| {size}x{options.frames} | {name} | {row} | {need:.2f} / {held:.2f} | {floor:.2f} |", flush=True)
+            reports.append(attempt(clip.report) if options.profile else "")
+            reports.append(clip.kernels)
+    print("\n".join(reports))
     if options.profile:
         attempt(lambda: bench_attention(device))
-        for name in options.policies:
-            attempt(lambda: profiled(decoder, latent, POLICIES[name], chunking))  # noqa: B023
 
 
 def attempt(run: Callable[[], str | None]) -> str:
@@ -178,41 +198,76 @@ def attempt(run: Callable[[], str | None]) -> str:
         return f"{type(error).__name__} | | | "
 
 
-def profiled(decoder: torch.nn.Module, latent: torch.Tensor, policy: Policy, chunking: DecodeChunking) -> None:
-    """Seconds of each segment by CUDA events, over all tiles; then the kernels."""
-    marks: list[tuple[tuple[int, int] | None, torch.cuda.Event]] = []
+class Clip:
+    """A decode that notes when its segments begin on the device, and how long the host is where."""
 
-    def mark(step: Step | None) -> None:
+    def __init__(self, decoder: VaeDecoder, latent: torch.Tensor, policy: Policy, chunking: DecodeChunking) -> None:
+        self._decoder, self._latent, self._policy, self._chunking = decoder, latent, policy, chunking
+        self._marks: list[tuple[tuple[int, int] | None, torch.cuda.Event]] = []
+        self._spent: dict[str, float] = {}
+        self.kernels = ""
+
+    def warm_up(self) -> None:
+        pieces = decode_frames(self._decoder, self._latent, self._policy, self._chunking)
+        next(pieces)
+        pieces.close()
+
+    def under_profiler(self) -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.warm_up()
+            torch.cuda.synchronize()
+        table = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=90)
+        self.kernels = f"{self._policy.name}, kernels while it warmed up:\n{table}"
+
+    def decode(self) -> None:
+        with self._watched():
+            start = time.perf_counter()
+            pieces = decode_frames(self._decoder, self._latent, self._policy, self._chunking, self._mark)
+            before = 0.0
+            for index, _ in enumerate(pieces):
+                before = before if index else time.perf_counter() - start
+            self._spent["all"] = time.perf_counter() - start
+            self._spent["all up to the first frames"] = before
+
+    def _mark(self, step: Step | None) -> None:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        marks.append((None if step is None else (step.segment.first, step.segment.last), event))
+        self._marks.append((None if step is None else (step.segment.first, step.segment.last), event))
 
-    start, shape = time.perf_counter(), Shape(*latent.shape[1:])
-    decode_bytes(decoder.config, shape, policy, chunking, 2)
-    planned = time.perf_counter()
-    Engine(decoder).close()
-    torch.cuda.synchronize()
-    ready = time.perf_counter()
-    for _ in decode_frames(decoder, latent, policy, chunking, mark):
-        pass
-    torch.cuda.synchronize()
-    print(f"\n{policy.name}: planning {planned - start:.2f} s, engine {ready - planned:.2f} s, ", end="")
-    print(f"decoding {time.perf_counter() - ready:.2f} s; segments:\n\n| stages | s |\n|---|---|")
-    seconds: dict[tuple[int, int], float] = {}
-    for (segment, event), (_, following) in itertools.pairwise(marks):
-        if segment is not None:
-            seconds[segment] = seconds.get(segment, 0) + event.elapsed_time(following) / 1e3
-    for (first, last), taken in seconds.items():
-        names = ", ".join(f"{s.kind} {s.inputs}>{s.outputs}" for s in stages(decoder.config)[first:last])
-        print(f"| {first}-{last}: {names} | {taken:.3f} |")
-    print(f"| all | {sum(seconds.values()):.3f} |")
-    stats = torch.cuda.memory_stats()
-    print(f"allocator: {stats['num_alloc_retries']} retries, {stats['num_ooms']} out of memory\n")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in decode_frames(decoder, latent, policy, chunking):
-            pass
-        torch.cuda.synchronize()
-    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=22, max_name_column_width=90))
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Adds up the time in these functions, in whichever thread, while a `with` lasts."""
+        with contextlib.ExitStack() as stack:
+            for owner, name, label in WATCHED:
+                patch = unittest.mock.patch.object(owner, name, self._timed(getattr(owner, name), label))
+                stack.enter_context(patch)
+            yield
+
+    def _timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                self._spent[label] = self._spent.get(label, 0) + time.perf_counter() - start
+
+        return run
+
+    def report(self) -> str:
+        lines = [f"\n{self._policy.name}: the host's time\n\n| in | s |\n|---|---|"]
+        lines += [f"| {label} | {seconds:.3f} |" for label, seconds in self._spent.items()]
+        seconds: dict[tuple[int, int], float] = {}
+        for (segment, event), (_, following) in itertools.pairwise(self._marks):
+            if segment is not None:
+                seconds[segment] = seconds.get(segment, 0) + event.elapsed_time(following) / 1e3
+        lines.append("\n| stages | s on the device |\n|---|---|")
+        for (first, last), taken in seconds.items():
+            names = ", ".join(f"{s.kind} {s.inputs}>{s.outputs}" for s in stages(self._decoder.config)[first:last])
+            lines.append(f"| {first}-{last}: {names} | {taken:.3f} |")
+        lines.append(f"| all | {sum(seconds.values()):.3f} |")
+        stats = torch.cuda.memory_stats()
+        lines.append(f"allocator: {stats['num_alloc_retries']} retries, {stats['num_ooms']} out of memory\n")
+        return "\n".join(lines)
 
 
 def bench_attention(device: torch.device) -> None:
@@ -239,7 +294,11 @@ def bench_encoder(size: str, device: torch.device) -> None:
     folded = ImageEncoder(random_module(encoder, device))
     picture = torch.rand(3, 1, height, width, device=device)
     need = encode_bytes(VaeConfig(), width, height, 2) / GIB
-    print(f"| {size} | encode a picture | {measured(lambda: folded.encode(picture))} | {need:.2f} | |", flush=True)
+
+    def encode() -> None:
+        folded.encode(picture)
+
+    print(f"| {size} | encode a picture | {measured(encode, encode)} | {need:.2f} | |", flush=True)
 
 
 def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
@@ -255,10 +314,28 @@ def bench_diffusers(options: argparse.Namespace, device: torch.device) -> None:
     width, height = map(int, options.sizes[0].split("x"))
     latent = torch.randn(1, 16, (options.frames - 1) // 4 + 1, height // 8, width // 8, device=device).half()
     vae.enable_tiling()
+    ends, begun = [0.0], [0]
+
+    def count(*_: object) -> None:
+        torch.cuda.synchronize()
+        begun[0] += 1
+        if time.perf_counter() > ends[0]:
+            raise TimeoutError
+
+    vae.decoder.register_forward_pre_hook(count)
+
+    def decode(part: torch.Tensor) -> None:
+        begun[0], ends[0] = 0, time.perf_counter() + options.limit
+        with torch.inference_mode():
+            try:
+                vae.decode(part, return_dict=False)
+            except TimeoutError:
+                print(f"ended after {options.limit:.0f} s, before tile {begun[0]}:")
+
     for name, frames, stride in (("diffusers 16/12", 16, 12), ("diffusers 64/48", 64, 48)):
         vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = frames, stride
-        with torch.inference_mode():
-            row = measured(lambda: vae.decode(latent, return_dict=False)[0] is None)
+        small = latent[:, :, : frames // 4 + 1, :32, :32]
+        row = attempt(lambda: measured(lambda: decode(latent), lambda: decode(small)))  # noqa: B023
         print(f"| {options.sizes[0]}x{options.frames} | {name} | {row} | | |", flush=True)
 
 
@@ -270,16 +347,17 @@ def main() -> None:
     parser.add_argument("--device-gib", type=float, default=DecodeChunking().device_bytes / GIB)
     parser.add_argument("--host-gib", type=float, default=DecodeChunking().host_bytes / GIB)
     parser.add_argument("--diffusers", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="where the time of the last size goes")
+    parser.add_argument("--limit", type=float, default=24.0, help="seconds for each of diffusers' runs")
+    parser.add_argument("--profile", action="store_true", help="where the host's and the device's time goes")
+    parser.add_argument("--kernels", action="store_true", help="which kernels take longest")
     options = parser.parse_args()
     device = pick_device("cuda")
     print(describe(device))
+    if options.diffusers:
+        bench_diffusers(options, device)
+        return
     bench_engine(options, device)
     bench_encoder(options.sizes[0], device)
-    if options.diffusers:
-        gc.collect()
-        torch.cuda.empty_cache()
-        bench_diffusers(options, device)
 
 
 if __name__ == "__main__":

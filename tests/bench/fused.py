@@ -1,4 +1,5 @@
-"""The fused ops on this card, timed beside torch's: `python tests/bench/fused.py`. Under 60 s on an H100.
+"""The fused ops on this card, timed beside torch's: `python tests/bench/fused.py`. Under 60 s on an H100; `--quick`,
+with products of 4096 rows by the tiles in use only, under 35 s.
 
 Prints three tables: element-wise ops beside a copy of as many bytes; 8-bit products at the model's shapes, with what
 follows them in the model, beside `_scaled_mm` and `_int_mm` and the same as passes of their own, for several tiles (a
@@ -90,6 +91,14 @@ def tiles() -> list[Tile]:
     return TILES.get(torch.cuda.get_device_capability()[0], SMALL)
 
 
+def tile_in_use(dtype: torch.dtype) -> Tile:
+    return fused_gemm.tile_for(dtype, torch.cuda.get_device_capability()[0])
+
+
+def tiles_of(dtype: torch.dtype, quick: bool) -> list[Tile]:
+    return [tile_in_use(dtype)] if quick else tiles()
+
+
 def milliseconds(call: Callable[[], object], rep: int = 30) -> float:
     """Median of a call, with cold caches; rep: milliseconds of calls."""
     from triton.testing import do_bench
@@ -108,13 +117,14 @@ def head(*cells: str) -> None:
     row(*["---"] * len(cells))
 
 
-def units() -> list[str]:
+def units(quick: bool) -> list[str]:
     """What has to be compiled: ops, and tiles with what follows."""
     found = [f"case:{name}" for name, case in CASES.items() if case.codes in (None, *dtypes())]
     return [
         f"{NAMES[dtype]}:{n}:{then}"
         for dtype in dtypes()
-        for n in range(len(tiles()))
+        for n, tile in enumerate(tiles())
+        if tile in tiles_of(dtype, quick)
         for then in ("", "gelu", "gated")
     ] + found
 
@@ -131,8 +141,8 @@ def compile_one(unit: str) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all() -> None:
-    start, waiting = time.perf_counter(), units()
+def compile_all(quick: bool) -> None:
+    start, waiting = time.perf_counter(), units(quick)
     cores = os.cpu_count() or 2
     running = [
         subprocess.Popen([sys.executable, __file__, "--compile", *waiting[n::cores]], text=True) for n in range(cores)
@@ -176,6 +186,14 @@ def elementwise(rows: int) -> None:
     for name, moved, call in calls:
         took = milliseconds(partial(call, FUSED))
         row(name, took, moved / took / 1e6 / bandwidth, milliseconds(partial(call, PLAIN)))
+    made = Codes.empty(rows, HIDDEN, INT8, CUDA)
+    norm = partial(fused_rows.launch_modulate, x, vectors, vectors, FIRST)
+    for name, moved, given, warps in (
+        ("norm, modulate", 2 * short, (out, None), 2),
+        *(("norm, modulate, to int8", short * 3 // 2, (made.codes, made.scale), n) for n in (1, 2, 8)),
+    ):
+        took = milliseconds(partial(norm, *given, num_warps=warps))
+        row(f"{name}, by {warps} warps for {fused_rows.warps(HIDDEN)}", took, moved / took / 1e6 / bandwidth, "")
 
 
 def codes_of(op: str, *given: object) -> Codes:
@@ -232,7 +250,7 @@ class Product:
         return float((made[few].float() - exact).norm() / exact.norm())
 
 
-def products(shape: Shape, rows: int) -> None:
+def products(shape: Shape, rows: int, quick: bool) -> None:
     head(
         f"{shape.name}: [{rows}, {shape.depth}] x [{shape.columns}, {shape.depth}]",
         "TFLOP/s",
@@ -259,10 +277,10 @@ def products(shape: Shape, rows: int) -> None:
                 passes / fast,
                 product.off(product.alone(True)),
             )
-        for tile in tiles():
+        for tile in tiles_of(dtype, quick):
             run = partial(product.by_kernel, tile)
             name = f"{NAMES[dtype]} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
-            name += " (in use)" * (tile == fused_gemm.tile_for(dtype, torch.cuda.get_device_capability()[0]))
+            name += " (in use)" * (tile == tile_in_use(dtype))
             try:
                 took = milliseconds(run)
             except Exception as error:  # noqa: BLE001
@@ -326,6 +344,7 @@ def block_times(model: HunyuanVideoTransformer, work: Workspace, inputs: StepInp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", nargs="*", help="ops and tiles; used by this program itself")
+    parser.add_argument("--quick", action="store_true", help="products of 4096 rows by the tiles in use only")
     options = parser.parse_args()
     if options.compile is not None:
         for unit in options.compile:
@@ -338,11 +357,11 @@ def main() -> None:
 
     start = time.perf_counter()
     print(f"{describe(CUDA)}, torch {torch.__version__}, Triton {triton.__version__}")
-    compile_all()
+    compile_all(options.quick)
     elementwise(34192)
     for shape in SHAPES:
-        for rows in (4096, 8192):
-            products(shape, rows)
+        for rows in (4096,) if options.quick else (4096, 8192):
+            products(shape, rows, options.quick)
     blocks()
     print(f"\n{time.perf_counter() - start:.0f} s")
 

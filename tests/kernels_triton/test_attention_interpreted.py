@@ -21,23 +21,8 @@ from lowvram_i2v.kernels.attention_tiles import Tile
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = not torch.cuda.is_available()
 DIM = 64
-DENSE = [
-    Tile(32, 32, 4, 2),
-    Tile(32, 32, 4, 2, tma=True),
-    Tile(32, 32, 4, 2, tma=True, overlap="float32"),
-    Tile(32, 32, 4, 2, tma=True, overlap="rounded"),
-    Tile(32, 32, 4, 2, tma=True, specialize=True),
-]
-INT8 = [
-    Tile(32, 32, 4, 2, "fp16"),
-    Tile(32, 32, 4, 2, "fp16_acc16"),
-    Tile(32, 32, 4, 2, "fp8"),
-    Tile(32, 32, 4, 2, "fp8", segment=2),
-    Tile(32, 32, 4, 2, "fp8_acc16"),
-    Tile(32, 32, 4, 2, "fp8", segment=1),
-    Tile(32, 32, 4, 2, "fp8", overlap="float32"),
-    Tile(32, 32, 4, 2, "fp16", segment=1, overlap="float32"),
-]
+DENSE = Tile(32, 32, 4, 2)
+INT8 = [Tile(32, 32, 4, 2, pv) for pv in ("fp16", "fp16_acc16", "fp8", "fp8_acc16")]
 
 
 def inputs(
@@ -59,23 +44,30 @@ def inputs(
     return qkv.half().to(DEVICE).unbind(1)
 
 
-@pytest.mark.parametrize("tile", DENSE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 32, 33, 100])
-def test_dense(tile: Tile, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
+def test_dense(tokens: int) -> None:
     q, k, v = inputs(tokens, peak=2.0, k_offset=3.0, v_offset=2.0)
-    assert reference.relative_l2(attend(q, k, v, tile), reference.attention(q, k, v)) < 1e-3
+    assert reference.relative_l2(attend(q, k, v, DENSE), reference.attention(q, k, v)) < 1e-3
 
 
-@pytest.mark.parametrize("tile", DENSE, ids=str)
-def test_dense_with_other_keys_than_queries_and_in_place(tile: Tile) -> None:
+def test_dense_with_other_keys_than_queries_and_in_place() -> None:
     q, (_, k, v) = inputs(40)[0].clone(), inputs(75)
     expected = reference.attention(q, k, v)
-    assert attend(q, k, v, tile, out=q) is q
+    assert attend(q, k, v, DENSE, out=q) is q
     assert reference.relative_l2(q, expected) < 1e-3
 
 
+def unpermuted(codes: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Codes of V as [padded, heads, dim] float32."""
+    values = codes.float()
+    if transposed:
+        groups = values.reshape(*values.shape[:2], -1, 4, 2, 2).transpose(3, 4)
+        values = groups.reshape(values.shape).transpose(1, 2)
+    return values.transpose(0, 1)
+
+
 def test_codes_are_those_of_the_definition() -> None:
-    for tile in INT8[:4]:
+    for tile in INT8:
         _, k, v = inputs(100, k_offset=3.0, v_offset=2.0)
         k_centre, v_centre, reach = statistics(k, v)
         torch.testing.assert_close(v_centre, v.float().mean(0), rtol=1e-5, atol=1e-5)
@@ -90,6 +82,8 @@ def test_codes_are_those_of_the_definition() -> None:
         assert not kv.k[:, codes.shape[1] :].any()
         torch.testing.assert_close(kv.v_scale, reach / LARGEST_VALUE[tile.pv])
         values = reference.quantize_values(v, v_centre, kv.v_scale, padded, transposed)
+        errors = (v.float() - v_centre) / kv.v_scale - unpermuted(kv.v, transposed)[: len(v)]
+        torch.testing.assert_close(kv.v_centre, v_centre + errors.mean(0) * kv.v_scale, rtol=1e-4, atol=1e-4)
         assert (kv.v.float() != values.float()).float().mean() < (INTERPRETED and transposed) * 0.03 + 1e-3
 
 
@@ -97,13 +91,9 @@ def from_codes(q: torch.Tensor, kv: Quantized, tile: Tile) -> torch.Tensor:
     """What the kernel would give if P were not rounded: attention of the dequantized queries, keys and values."""
     codes, scale = reference.quantize_rows(q)
     keys = kv.k.float() * kv.k_scale.repeat_interleave(tile.keys, 1)[..., None]
-    values = kv.v.float()
-    if tile.pv.startswith("fp8"):
-        groups = values.reshape(*values.shape[:2], -1, 4, 2, 2).transpose(3, 4)
-        values = groups.reshape(values.shape).transpose(1, 2)
-    values = values * kv.v_scale[:, None] + kv.v_centre[:, None]
-    keys, values = (x[:, : kv.tokens].transpose(0, 1) for x in (keys, values))
-    return reference.attention(codes.float() * scale[..., None], keys, values)
+    values = unpermuted(kv.v, tile.pv.startswith("fp8")) * kv.v_scale + kv.v_centre
+    keys = keys[:, : kv.tokens].transpose(0, 1)
+    return reference.attention(codes.float() * scale[..., None], keys, values[: kv.tokens])
 
 
 @pytest.mark.parametrize("tile", INT8, ids=str)
@@ -127,13 +117,22 @@ def test_int8_against_exact_attention(tile: Tile) -> None:
             assert reference.relative_l2(result, reference.attention(q, k, v)) < allowed
 
 
-@pytest.mark.parametrize("tile", [INT8[0], INT8[3]], ids=str)
+@pytest.mark.parametrize("tile", [INT8[0], INT8[2]], ids=str)
 def test_int8_in_place_with_other_keys_than_queries(tile: Tile) -> None:
     q, (_, k, v) = inputs(40)[0].clone(), inputs(75)
     kv = quantize(k, v, tile)
     expected = attend_quantized(q, kv, tile)
     assert attend_quantized(q, kv, tile, out=q) is q
     assert torch.equal(q, expected)
+
+
+def test_rounding_errors_of_values_do_not_add_up() -> None:
+    """Values on a coarse grid round to one side; a flat row, whose result is their mean, shall not feel it."""
+    tile, tokens = INT8[2], 500
+    v = (torch.randn(tokens, 1, DIM, generator=torch.Generator().manual_seed(0)) * 4).round().div(4).half().to(DEVICE)
+    q = torch.zeros(1, 1, DIM, dtype=torch.float16, device=DEVICE)
+    result = attend_quantized(q, quantize(v, v, tile), tile)
+    assert (result.float() - v.float().mean(0)).abs().max() < 1e-3
 
 
 def test_int8_of_zeros_and_of_equal_values() -> None:
@@ -149,10 +148,10 @@ def test_int8_of_zeros_and_of_equal_values() -> None:
 )
 def test_what_the_kernels_cannot_do_is_refused(q: tuple[int, ...], k: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"heads|together"):
-        attend(torch.zeros(q), torch.zeros(k), torch.zeros(k), DENSE[0])
+        attend(torch.zeros(q), torch.zeros(k), torch.zeros(k), DENSE)
 
 
-@pytest.mark.parametrize("tile", [*DENSE, INT8[3]], ids=str)
+@pytest.mark.parametrize("tile", [DENSE, INT8[2]], ids=str)
 def test_offsets_are_64_bit(tile: Tile) -> None:
     """Rows as far apart as 37 tokens of 2^26 values: the last lies beyond 2^31. Memory is reserved, hardly touched."""
     rows, stride = 37, 2**26

@@ -69,7 +69,7 @@ ALLOWED = {
         "device",
     },
     "sizes": {"checkpoint", "dit", "streaming", "kernels", "variant", *CONFIGS},
-    "plan": {"sizes", "dit", "streaming", "text", "vae", "request", "profile", "errors"},
+    "plan": {"sizes", "dit", "attention.memory", "streaming", "text", "vae", "request", "profile", "errors"},
     "cards": {"dit.config"},
     "job": {
         "checkpoint",

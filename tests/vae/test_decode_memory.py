@@ -1,8 +1,10 @@
 """What the planner says a decode takes, against what it allocates."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.vae import engine as engine_module
@@ -17,16 +19,22 @@ CONFIG = VaeConfig(latent_channels=8, block_out_channels=(16, 32, 32, 32), layer
 GIB = 2**30
 
 
-def peak_of(run):
-    """The most bytes allocated at a time while `run` runs."""
+def peaks_of(runs):
+    """The most bytes allocated at a time while each runs: recorded all at once, because a recording takes seconds."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+        for run in runs:
+            with record_function("run"):
+                run()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    peaks, held = [], 0
+    for event in events:
+        if event.name() == "run":
+            peaks.append(0)
+            held = 0
+        elif event.name() == "[memory]" and peaks:
+            held += event.nbytes()
+            peaks[-1] = max(peaks[-1], held)
+    return peaks
 
 
 def only_the_result(x, weight, out):
@@ -34,27 +42,23 @@ def only_the_result(x, weight, out):
     out.zero_()
 
 
-@pytest.mark.parametrize("mib", [7, 10, 13])
-@pytest.mark.parametrize("shape", [(5, 8, 8), (3, 4, 12), (1, 16, 16)])
-def test_predicted_against_allocated(shape, mib, monkeypatch):
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 4, 12), (1, 16, 16)])
+def test_predicted_against_allocated(shape, monkeypatch):
     """In float32 on the CPU, all kept on the "device"."""
     monkeypatch.setattr(engine_module, "trusted_convolution", lambda *_: only_the_result)
-    decoder = VaeDecoder(CONFIG).requires_grad_(False)
-    chunking = DecodeChunking(mib * 2**20, 0)
-    policy = POLICIES["reference"]
-    try:
-        steps = list(walk(CONFIG, Shape(*shape), policy, chunking, 4))
-    except ResourceError:
-        pytest.skip("too little memory")
-    piece = max(step.piece for step in steps)
-    assert fixed_bytes(CONFIG, Shape(*shape), 4) + piece == max(step.device_bytes for step in steps)
-    engine, latent = Engine(decoder), torch.randn(8, *shape)
-    measured = peak_of(lambda: engine.run(latent, steps))
-    assert piece <= measured < 1.25 * piece  # of a few MB: moments and single frames count here
+    decoder, latent = VaeDecoder(CONFIG).requires_grad_(False), torch.randn(8, *shape)
+    runs, pieces = [], []
+    for mib in (10, 13):
+        steps = list(walk(CONFIG, Shape(*shape), POLICIES["reference"], DecodeChunking(mib * 2**20, 0), 4))
+        pieces.append(max(step.piece for step in steps))
+        assert fixed_bytes(CONFIG, Shape(*shape), 4) + pieces[-1] == max(step.device_bytes for step in steps)
+        runs.append(partial(Engine(decoder).run, latent, steps))
+    for piece, peak in zip(pieces, peaks_of(runs), strict=True):
+        assert piece <= peak < 1.25 * piece  # of a few MB: moments and single frames count here
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("gib", [1.75, 2.75, 5, 11])
+@pytest.mark.parametrize("gib", [1.75, 2.75, 11])
 @pytest.mark.parametrize("size", [(33, 90, 160), (33, 68, 120), (33, 64, 64), (17, 45, 80), (1, 90, 160)])
 def test_the_budget_holds(policy, gib, size):
     chunking, shape = DecodeChunking(int(gib * GIB)), Shape(*size)
