@@ -6,19 +6,23 @@ that live on a few, channels of K and V with offsets, a channel of q and k that 
 
 A limit tells a right kernel from a wrong one, which is off by its whole value or by the offset of V; it is no measure
 of quality. Backends in 16 bits have one, backends that quantize another, wide where V has no offset: there a flat row's
-result is a small mean of large values, and 8 bits of P and V are a part of it that no kernel can save.
+result is a small mean of large values, and 8 bits of P and V are a part of it that no kernel can save. Who quantizes
+without taking V's mean out first, as SageAttention 1 (0.0108 with an offset at 119 200 tokens), gets more room there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowvram_i2v.kernels.attention_reference import attention, relative_l2
 
+Kind = Literal["exact", "eight_bit", "uncentred"]
+"""In 16 bits; in 8 bits with V's mean taken out; in 8 bits."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -33,20 +37,21 @@ TOKENS, HEADS = 601, 2
 class Case:
     """sharpness: size of the queries' channels: 0.2 looks at all keys alike, 2 at some hundred of 34 000. v_offset:
     size of the vector that all values have in common. outlier: whether a channel of q and k is OUTLIER times as large.
-    exact, eight_bit: the relative L2 error up to which a backend in 16 bits, or one that quantizes, is right."""
+    exact, eight_bit, uncentred: the relative L2 error up to which a backend of that kind is right."""
 
     sharpness: float
     v_offset: float
     outlier: bool
     exact: float
     eight_bit: float
+    uncentred: float
 
 
 CASES = {
-    "flat": Case(0.2, 0.0, False, 0.005, 0.08),
-    "flat, V offset": Case(0.2, 1.0, False, 0.005, 0.01),
-    "peaked": Case(2.0, 0.0, False, 0.005, 0.08),
-    "outlier, V offset": Case(1.0, 1.0, True, 0.005, 0.08),
+    "flat": Case(0.2, 0.0, False, 0.005, 0.08, 0.08),
+    "flat, V offset": Case(0.2, 1.0, False, 0.005, 0.01, 0.03),
+    "peaked": Case(2.0, 0.0, False, 0.005, 0.08, 0.08),
+    "outlier, V offset": Case(1.0, 1.0, True, 0.005, 0.08, 0.08),
 }
 
 
@@ -78,15 +83,15 @@ def error(attend: Attend, given: Triple) -> float:
     return relative_l2(attend(q, k, v)[rows], exact)
 
 
-def bound(case: Case, eight_bit: bool) -> float:
-    return case.eight_bit if eight_bit else case.exact
+def bound(case: Case, kind: Kind) -> float:
+    return {"exact": case.exact, "eight_bit": case.eight_bit, "uncentred": case.uncentred}[kind]
 
 
-def fault(attend: Attend, eight_bit: bool, dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def fault(attend: Attend, kind: Kind, dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with a backend on this device: the first case that it gets wrong, on TOKENS tokens; None if it is
     right. Whatever the backend raises is the caller's to judge."""
     for name, case in CASES.items():
         off = error(attend, inputs(case, TOKENS, HEADS, dim, device, dtype))
-        if not off <= bound(case, eight_bit):
-            return f"its self-test ({name}) is off by {off:.1%}, {bound(case, eight_bit):.1%} is right"
+        if not off <= bound(case, kind):
+            return f"its self-test ({name}) is off by {off:.1%}, {bound(case, kind):.1%} is right"
     return None

@@ -280,6 +280,7 @@ def launch_modulate(
     num_warps: int | None = None,
 ) -> None:
     rows, width = x.shape
+    num_warps = num_warps or (1 if out_scale is None else 2) * warps(width)  # codes: 8 warps took 0.6 of 2's time
     check_rows(x, shift, scale, out)
     if shift.stride(0) != scale.stride(0):
         shift, scale = shift.contiguous(), scale.contiguous()
@@ -288,7 +289,7 @@ def launch_modulate(
             x, shift, scale, out, out if out_scale is None else out_scale, first_tokens,
             x.stride(0), shift.stride(0), out.stride(0),
             WIDTH=width, STEP=triton.next_power_of_2(triton.cdiv(width, 3)),
-            LARGEST=0 if out_scale is None else int(LARGEST[out.dtype]), num_warps=num_warps or warps(width),
+            LARGEST=0 if out_scale is None else int(LARGEST[out.dtype]), num_warps=num_warps,
         )  # fmt: skip
 
 

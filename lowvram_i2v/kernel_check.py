@@ -118,7 +118,7 @@ def attention_rows(device: torch.device, tokens: int) -> Iterator[Row]:
             yield Row("attention", name, trouble=why, skipped=True)
             continue
         for place, (title, case) in enumerate(attention_cases.CASES.items()):
-            limit = attention_cases.bound(case, name in choice.EIGHT_BIT)
+            limit = attention_cases.bound(case, choice.kind(name))
             row = _attention_row(Row(f"attention, {title}", name, limit=limit), case, device, tokens, place == 0)
             torch_ms = row.ms if name == "sdpa" and place == 0 else torch_ms
             yield replace(row, torch_ms=torch_ms if row.ms is not None else None)

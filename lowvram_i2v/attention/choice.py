@@ -17,9 +17,11 @@ from lowvram_i2v.errors import LowVramError, RequestError
 if TYPE_CHECKING:
     import torch
 
+    from lowvram_i2v.kernels.attention_cases import Kind
+
 AUTO = "auto"
-EIGHT_BIT = frozenset({"triton-int8", "triton-sparse", "sage"})
-"""Backends that quantize, which are held to the limits of 8 bits."""
+KINDS: dict[str, Kind] = {"triton-int8": "eight_bit", "triton-sparse": "eight_bit", "sage": "uncentred"}
+"""Backends that quantize, which are held to the limits of 8 bits; the others are exact."""
 HEAD_DIMS = (32, 64, 128, 256)
 
 
@@ -66,6 +68,11 @@ def missing(name: str, device: torch.device, head_dim: int) -> str | None:
     return None
 
 
+def kind(name: str) -> Kind:
+    """Which limits a backend's errors are held to."""
+    return KINDS.get(name, "exact")
+
+
 def self_test(name: str, device: torch.device, head_dim: int = 128) -> str | None:
     """What is wrong with a backend on this device, or None. Waits for the device."""
     import torch
@@ -75,7 +82,7 @@ def self_test(name: str, device: torch.device, head_dim: int = 128) -> str | Non
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         with torch.inference_mode():
-            wrong = attention_cases.fault(get(name), name in EIGHT_BIT, head_dim, device, dtype)
+            wrong = attention_cases.fault(get(name), kind(name), head_dim, device, dtype)
             if wrong is not None or name != "triton-sparse":
                 return wrong
             from lowvram_i2v.attention import sparse_trial

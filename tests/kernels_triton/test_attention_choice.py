@@ -92,7 +92,7 @@ def test_backends_on_this_card(name: str) -> None:
     attend = attention.get(name)
     for tokens in (1, 63, 64, 65, 1111):
         q, k, v = torch.randn(3, tokens, 6, 128, device=CUDA, dtype=torch.bfloat16)[:, :, 2:5].unbind()
-        exact, limit = reference.attention(q, k, v), 0.08 if name in choice.EIGHT_BIT else 0.01
+        exact, limit = reference.attention(q, k, v), 0.08 if name in choice.KINDS else 0.01
         assert reference.relative_l2(attend(q, k, v), exact) < limit
         assert attend(q, k, v, out=q) is q  # type: ignore[call-arg]
         assert reference.relative_l2(q, exact) < limit
