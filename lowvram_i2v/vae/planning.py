@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def decode_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: Dec
     """
     if policy.moments == "tile":
         return blending_bytes(config, latent) + tile_chunking(config, latent, policy, chunking, element).device_bytes
-    return max(step.device_bytes for step in walk(config, latent, policy, chunking, element))
+    return max(step.device_bytes for step in plan_route(config, latent, policy, chunking, element))
 
 
 def host_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int) -> int:
@@ -44,7 +45,7 @@ def host_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: Decod
     shape = latent
     if policy.moments == "tile":
         shape, chunking = largest_tile(config, latent), tile_chunking(config, latent, policy, chunking, element)
-    return max(step.host_bytes for step in walk(config, shape, policy, chunking, element))
+    return max(step.host_bytes for step in plan_route(config, shape, policy, chunking, element))
 
 
 def tile_chunking(
@@ -52,7 +53,7 @@ def tile_chunking(
 ) -> DecodeChunking:
     """What each tile may take: what the largest does. The rest is for blending."""
     room = replace(chunking, device_bytes=chunking.device_bytes - blending_bytes(config, latent))
-    most = max(step.device_bytes for step in walk(config, largest_tile(config, latent), policy, room, element))
+    most = max(step.device_bytes for step in plan_route(config, largest_tile(config, latent), policy, room, element))
     return replace(room, device_bytes=most)
 
 
@@ -89,6 +90,7 @@ def _resnet_values(inputs: int, outputs: int) -> int:
     return 2 * inputs + 2 * outputs + outputs * (9 * inputs + 1) + outputs * (9 * outputs + 1) + shortcut
 
 
+@lru_cache(maxsize=64)  # of bytes on the device, of bytes on the host and of the decoder itself
 def plan_route(
     config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int
 ) -> tuple[Step, ...]:
