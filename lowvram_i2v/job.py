@@ -123,6 +123,7 @@ def prepare(
     request = request.resolve(*picture.size)
     assert request.size is not None
     fitted = fit_image(picture, *request.size)
+    check_output(request.output, *request.size, request.frames - model.header.variant.dropped_frames)
     _check_tensors(model)
     sizes = sizes_of(model)
     profile = _computable(profile, sizes.scheme, device, listen)
@@ -144,7 +145,6 @@ def prepare(
         preview_decoder=_preview_decoder(options),
         listen=listen,
     )
-    check_output(request.output, *request.size, job.output_frames)
     _check_prompts(job)
     for text in (fitted.description, *request.notices()):
         listen(Notice(text))

@@ -8,7 +8,6 @@ against dense float32 of chosen blocks, beside that of dense 8-bit attention and
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bench.attention import seconds  # noqa: E402
 
 from lowvram_i2v.kernels import attention_int8, attention_quantize, attention_reference, attention_sparse  # noqa: E402
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence  # noqa: E402
@@ -31,18 +32,8 @@ HEADS, DIM, TEXT, FRAMES = 24, 128, 400, 33
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call on the device."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def milliseconds(call: Callable[[], object]) -> float:
+    return 1e3 * seconds(call, 5)
 
 
 def inputs(tokens: int, heads: int) -> Triple:
