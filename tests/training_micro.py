@@ -11,7 +11,7 @@ import torch
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.synth.sizes import Size
 from lowvram_i2v.vae.config import VaeConfig
-from tools.train_demo import flow, text, vae
+from tools.train_demo import decoder, flow, text, vae
 from tools.train_demo.clips import Clip, Clips
 from tools.train_demo.loop import Run
 from tools.train_demo.sizes import Recipe, Stage
@@ -22,8 +22,8 @@ WAYS = ("left", "right")
 FRAMES = 5
 
 
-def stage(steps: int, batch: int, learning_rate: float) -> Stage:
-    return Stage(steps, batch, learning_rate, warmup=1, decay=0.9, chunk_steps=2, most_chunks=2)
+def stage(steps: int, batch: int, learning_rate: float, muon: bool = True) -> Stage:
+    return Stage(steps, batch, learning_rate, warmup=1, decay=0.9, chunk_steps=2, most_chunks=2, muon=muon)
 
 
 MICRO = Recipe(
@@ -69,8 +69,9 @@ MICRO = Recipe(
     clip_sizes=((32, 32), (48, 32)),
     clips_per_chunk=4,
     vae=stage(6, 1, 2e-3),
-    text=stage(8, 4, 3e-3),
+    text=stage(8, 4, 3e-3, muon=False),
     flow=stage(6, 4, 2e-3),
+    decoder=stage(4, 1, 2e-3),
 )
 
 
@@ -105,6 +106,7 @@ def train_all(work: Path) -> None:
         text.prepare(MICRO, prompts(), work)
         text.train(MICRO, COUNTS, source, run(work))
         flow.train(MICRO, source, run(work))
+        decoder.train(MICRO, source, run(work))
 
 
 def longer_flow(steps: int) -> Recipe:

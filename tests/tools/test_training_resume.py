@@ -9,7 +9,7 @@ import pytest
 import torch
 import training_micro as micro
 
-from tools.train_demo import flow, text, vae
+from tools.train_demo import decoder, flow, text, vae
 from tools.train_demo.loop import averaged
 
 
@@ -32,10 +32,20 @@ def test_every_stage_goes_on_where_it_stopped(whole: Path, tmp_path: Path) -> No
     for stop in (1, 3, None):
         with micro.clips() as clips:
             flow.train(recipe, clips, micro.run(tmp_path, stop))
-    for stage in ("vae", "text", "flow"):
+    for stop in (2, None):
+        with micro.clips() as clips:
+            decoder.train(recipe, clips, micro.run(tmp_path, stop))
+    for stage in ("vae", "text", "flow", "decoder"):
         once, pieces = averaged(whole, stage), averaged(tmp_path, stage)
         assert all(torch.equal(once[name], pieces[name]) for name in once), stage
     assert (whole / "vae.json").read_text() == (tmp_path / "vae.json").read_text()
+
+
+def test_the_decoder_alone_changes_no_latent(whole: Path) -> None:
+    before, after = averaged(whole, "vae"), vae.trained(whole)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
 
 
 def test_a_finished_stage_returns_at_once(whole: Path) -> None:

@@ -54,7 +54,7 @@ def write_released(folder: Path, recipe: Recipe, run: Run) -> None:
     for each in (transformer, vae_folder):
         each.mkdir(parents=True)
     torch.save({"module": averaged(run.work, "flow")}, transformer / "mp_rank_00_model_states.pt")
-    torch.save(averaged(run.work, "vae"), vae_folder / "pytorch_model.pt")
+    torch.save(vae.trained(run.work), vae_folder / "pytorch_model.pt")
     config = vae.trained_config(run.work)
     (vae_folder / "config.json").write_text(json.dumps(config.to_official(), indent=1))
 

@@ -8,7 +8,7 @@ of its weights. A run ends within its minutes, everything included.
 The learning rate follows the stage's progress from 0 to 1: its share of the steps. A run that finishes the stage by the
 clock (`Run.finish`) goes from the progress that it finds to 1 in the time that it has, however many steps that makes.
 
-Two kinds of file: `STAGE.pt`, everything, 16 bytes a parameter; and `STAGE.part-N.pt`, the moving average in half
+Two kinds of file: `STAGE.pt`, everything, 12 to 16 bytes a parameter; and `STAGE.part-N.pt`, the moving average in half
 precision in parts of at most PART_BYTES, for a link that carries little. A run that finds only the parts goes on from
 them with fresh optimizer moments.
 """
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.train_demo.clips import save
+from tools.train_demo.optimizer import optimizers
 from tools.train_demo.sizes import Stage
 
 PART_BYTES = 12 * 2**20
@@ -68,22 +69,17 @@ class Run:
 
 
 class Training:
-    """A model being trained. Makes or resumes the state in `run.work`."""
+    """A model being trained: its parameters that take gradients. Makes or resumes the state in `run.work`."""
 
     def __init__(self, name: str, model: nn.Module, stage: Stage, run: Run) -> None:
         self.name, self.stage, self.run_ = name, stage, run
         run.work.mkdir(parents=True, exist_ok=True)
         self.model = model.to(run.device).train()
         self.step, self.progress, self.by_clock = 0, 0.0, run.finish
-        self.weights: list[Tensor] = list(self.model.parameters())
-        self.ema = {key: value.detach().clone() for key, value in self.model.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.weights,
-            lr=stage.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=run.device.type == "cuda",
-        )
+        trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
+        self.weights: list[Tensor] = list(trained.values())
+        self.ema = {key: value.detach().clone() for key, value in trained.items()}
+        self.optimizers = optimizers(trained, stage.learning_rate, stage.muon)
         self._ramp_from = -AGAIN
         self._resume()
 
@@ -138,15 +134,20 @@ class Training:
     def _update(self, loss: Tensor) -> None:
         rate = learning_rate(self.stage, self.step, self.progress)
         rate *= min(1.0, (self.step - self._ramp_from + 1) / AGAIN)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.weights, LARGEST_NORM)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.step += 1
         decay = min(self.stage.decay, self.step / (self.step + 10))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.weights], 1 - decay)
+
+    def forget_gradients(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
 
     def _numbers(self, losses: Losses, start: int, begin: float) -> dict[str, float]:
         """What a line of the log says; waits for the GPU. Raises SystemExit if the loss is no number any more."""
@@ -154,7 +155,7 @@ class Training:
         if not math.isfinite(values["loss"]):
             raise SystemExit(f"{self.name}: the loss of step {self.step} is {values['loss']}; the last state is kept")
         speed = (self.step - start) / max(1e-9, self.run_.seconds - begin)
-        line = {"step": self.step, **values, "lr": self.optimizer.param_groups[0]["lr"], "steps/s": speed}
+        line = {"step": self.step, **values, "lr": self.optimizers[0].param_groups[0]["lr"], "steps/s": speed}
         if self.run_.device.type == "cuda":
             line["GiB"] = torch.cuda.max_memory_allocated(self.run_.device) / 2**30
         return line
@@ -184,7 +185,8 @@ class Training:
         """The whole state. Raises SystemExit, and keeps the last state, if it is not finite."""
         if not all(bool(torch.isfinite(value).all()) for value in self.ema.values()):
             raise SystemExit(f"{self.name}: weights that are no numbers at step {self.step}; the last state is kept")
-        state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.model.state_dict(), "ema": self.ema}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         save(self._place() | state, self._path())
 
     def _save_parts(self) -> None:
@@ -198,7 +200,8 @@ class Training:
         if self._path().is_file():
             state = torch.load(self._path(), map_location=self.run_.device, weights_only=True)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(moments)
             self.ema = state["ema"]
             self._go_on(state)
             self._forget_later_lines()
@@ -242,6 +245,11 @@ class Training:
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
     """Of the step: a ramp, a plateau, and a fall to a fiftieth at the end."""
     return stage.learning_rate * min(1.0, (step + 1) / stage.warmup, max(0.02, (1 - progress) / FALL))
+
+
+def is_trained(work: Path, name: str) -> bool:
+    """Whether a stage has left a result, finished or not."""
+    return (work / f"{name}.pt").is_file() or any(work.glob(f"{name}.part-*.pt"))
 
 
 def averaged(work: Path, name: str) -> dict[str, Tensor]:

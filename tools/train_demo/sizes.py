@@ -28,7 +28,8 @@ class Stage:
 
     steps: optimizer steps in all; the learning rate rises over `warmup`, stays, and falls to nothing at the end.
     batch: clips a step. decay: of the moving average that is kept as the result. chunk_steps: optimizer steps until the
-    next chunk of clips joins. most_chunks: the newest so many are drawn from.
+    next chunk of clips joins. most_chunks: the newest so many are drawn from. muon: whether matrices go with Muon
+    (`optimizer.py`) instead of AdamW.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Stage:
     decay: float
     chunk_steps: int
     most_chunks: int
+    muon: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Recipe:
     vae: Stage
     text: Stage
     flow: Stage
+    decoder: Stage
 
 
 DEMO_SIZE = Size(
@@ -96,9 +99,14 @@ DEMO = Recipe(
     DEMO_SIZE,
     clip_sizes=((128, 128), (192, 128), (128, 128), (128, 192)),
     clips_per_chunk=256,
-    vae=Stage(16_000, batch=8, learning_rate=6e-4, warmup=400, decay=0.998, chunk_steps=150, most_chunks=8),
+    vae=Stage(8_000, batch=8, learning_rate=1.5e-3, warmup=100, decay=0.998, chunk_steps=150, most_chunks=8, muon=True),
     text=Stage(2_000, batch=128, learning_rate=1e-3, warmup=100, decay=0.99, chunk_steps=40, most_chunks=40),
-    flow=Stage(40_000, batch=64, learning_rate=6e-4, warmup=1000, decay=0.9995, chunk_steps=80, most_chunks=500),
+    flow=Stage(
+        40_000, batch=64, learning_rate=6e-4, warmup=200, decay=0.9995, chunk_steps=80, most_chunks=500, muon=True
+    ),
+    decoder=Stage(
+        8_000, batch=8, learning_rate=6e-4, warmup=100, decay=0.998, chunk_steps=150, most_chunks=8, muon=True
+    ),
 )
 
 
@@ -106,9 +114,10 @@ SMOKE = Recipe(
     DEMO_SIZE,
     clip_sizes=((64, 64),),
     clips_per_chunk=2,
-    vae=Stage(2, batch=1, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
+    vae=Stage(2, batch=1, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1, muon=True),
     text=Stage(3, batch=2, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
-    flow=Stage(3, batch=2, learning_rate=5e-4, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1),
+    flow=Stage(3, batch=2, learning_rate=5e-4, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1, muon=True),
+    decoder=Stage(2, batch=1, learning_rate=1e-3, warmup=1, decay=0.9, chunk_steps=2, most_chunks=1, muon=True),
 )
 """The same model on two small clips, to see that everything runs."""
 

@@ -1,10 +1,10 @@
 """Trains the demo model from nothing: `python -m tools.train_demo.train STAGE --work DIR --minutes 9 --seed 0`.
 
-Stages, in this order: vae, text, flow, export. Each goes on where it stopped, so a stage may be run in as many pieces
-as one likes; a finished one returns at once. The learning rate falls at the end of a stage. Where that is, is either
-said in steps (`--steps`, by default the recipe's, which must be the same in all pieces until the fall begins) or by the
-clock: a run with `--finish` ends the stage within its minutes. `--rewind 0.3` takes a stage that has got further back
-to 30 % of its schedule, with its weights: a second time at the full learning rate.
+Stages, in this order: vae, text, flow, decoder, export. Each goes on where it stopped, so a stage may be run in as many
+pieces as one likes; a finished one returns at once. The learning rate falls at the end of a stage. Where that is, is
+either said in steps (`--steps`, by default the recipe's, which must be the same in all pieces until the fall begins) or
+by the clock: a run with `--finish` ends the stage within its minutes. `--rewind 0.3` takes a stage that has got further
+back to 30 % of its schedule, with its weights: a second time at the full learning rate.
 
 One GPU, or the CPU for those who can wait. Nothing is downloaded.
 """
@@ -26,7 +26,7 @@ from tools.train_demo.clips import Clips, demo_clip, held_out_clip, small_clip  
 from tools.train_demo.loop import Run  # noqa: E402
 from tools.train_demo.sizes import DEMO, SCHEME, SMOKE, Recipe  # noqa: E402
 
-STAGES = ("vae", "text", "flow", "export")
+STAGES = ("vae", "text", "flow", "decoder", "export")
 VOCABULARY_SCENES = 4000  # enough for every word of the grammar
 
 
@@ -77,6 +77,10 @@ def train(stage: str, recipe: Recipe, clips: Clips, run: Run, compiled: bool) ->
 
         text.prepare(recipe, vocabulary_prompts(run.seed), run.work)
         text.train(recipe, attributes.COUNTS, clips, run)
+    elif stage == "decoder":
+        from tools.train_demo import decoder
+
+        decoder.train(recipe, clips, run)
     else:
         from tools.train_demo import flow
 

@@ -10,12 +10,13 @@ Group norm makes a picture's latent differ from the first latent of its video, a
 So half of the steps decode the picture's latent followed by the video's others: the decoder learns both.
 
 Result: the moving average, `vae.json`, the config with the measured scaling factor (1 / standard deviation), and
-`vae.png`, held-out frames over what became of them.
+`vae.png`, held-out frames over what became of them. Stage 4 (`decoder.py`) goes on with the decoder alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from lowvram_i2v.vae.encoder import VaeEncoder
 from tools.train_demo import batched_vae
 from tools.train_demo.batched_vae import Way
 from tools.train_demo.clips import Clips, Window
-from tools.train_demo.loop import Losses, Run, Training, averaged, generators
+from tools.train_demo.loop import Losses, Run, Training, averaged, generators, is_trained
 from tools.train_demo.sheet import write_sheet
 from tools.train_demo.sizes import Recipe, Stage
 
@@ -73,17 +74,21 @@ def train(recipe: Recipe, clips: Clips, run: Run) -> None:
     model = training.model
     assert isinstance(model, Vae)
     if not training.over:
-        window = Window(clips, lambda number: _frames(clips, number, run), stage.chunk_steps, stage.most_chunks)
-        held_out = [chunk.frames.to(run.device) for chunk in clips.held_out(min(EXAMINED, recipe.clips_per_chunk))]
-        way = _fastest(training, window, run)
+        window = Window(clips, lambda number: frames_of(clips, number, run), stage.chunk_steps, stage.most_chunks)
+        held_out = examined(recipe, clips, run)
+
+        def losses_with(videos: Tensor, noise: torch.Generator, way: Way) -> Losses:
+            return step_losses(model, videos, torch.Generator().manual_seed(0), noise, way)
 
         def losses_of(step: int) -> Losses:
             choices, noise = generators(run, step)
             frames = window.draw(step, choices)["frames"]
-            return step_losses(model, _batch(frames, stage, training.progress, choices), choices, noise, way)
+            return step_losses(model, batch(frames, stage, training.progress, choices), choices, noise, way)
 
+        way = fastest(training, window, run, losses_with)
         training.run(losses_of, lambda: {"held-out dB": round_trip(model, held_out, way)})
     measure(recipe, clips, run)
+    draw(recipe, clips, run)
 
 
 def step_losses(
@@ -96,17 +101,18 @@ def step_losses(
     if bool(torch.rand((), generator=choices) < 0.5):
         latents = torch.cat([batched_vae.encode(model, wanted[:, :, :1], way)[0], latents[:, :, 1:]], dim=2)
     made = batched_vae.decode(model, latents, way)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    losses = picture_losses(made, wanted, SQUARED)
+    return losses | {"loss": losses["loss"] + KL * kl, "kl": kl}
+
+
+def picture_losses(made: Tensor, wanted: Tensor, squared_weight: float) -> Losses:
+    """Of videos [n, 3, F, H, W] in -1..1."""
     error, weight = made - wanted, 1 + COLOURED * (wanted.amax(1) - wanted.amin(1))[:, None] / 2
-    absolute, squared = (weight * error.abs()).mean(), (weight * error.square()).mean()
-    edges, kl = sharpness(made, wanted), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    total = absolute + SQUARED * squared + SHARPNESS * edges + KL * kl
-    return {
-        "loss": total,
-        "l1": absolute,
-        "edges": edges,
-        "kl": kl,
-        "dB": -10 * torch.log10(error.detach().square().mean() / 4),
-    }
+    absolute, squared, edges = (weight * error.abs()).mean(), (weight * error.square()).mean(), sharpness(made, wanted)
+    decibel = -10 * torch.log10(error.detach().square().mean() / 4)
+    total = absolute + squared_weight * squared + SHARPNESS * edges
+    return {"loss": total, "l1": absolute, "edges": edges, "dB": decibel}
 
 
 def sharpness(made: Tensor, wanted: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def as_bytes(videos: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(recipe: Recipe, clips: Clips, run: Run) -> None:
-    """Writes vae.json and vae.png, in float32."""
+    """Writes vae.json, in float32."""
     model, way = load(recipe.size.vae, run), Way(torch.float32)
     frames = clips.get(0).frames[:MEASURED].to(run.device)
     latents = torch.cat(
@@ -158,6 +164,12 @@ def measure(recipe: Recipe, clips: Clips, run: Run) -> None:
     config = replace(recipe.size.vae, scaling_factor=round(1 / float(latents.std()), 6))
     (run.work / "vae.json").write_text(json.dumps(config.to_official(), indent=1))
     print(f"vae: scaling factor {config.scaling_factor}", flush=True)
+
+
+@torch.no_grad()
+def draw(recipe: Recipe, clips: Clips, run: Run) -> None:
+    """Writes vae.png, in float32."""
+    model, way = load(recipe.size.vae, run), Way(torch.float32)
     shown = [chunk.frames.to(run.device) for chunk in clips.held_out(min(SHOWN, recipe.clips_per_chunk))]
     pairs = [pair for videos, made in _round_trips(model, shown, way) for pair in zip(videos, made, strict=True)]
     write_sheet([(video.cpu().numpy(), made.cpu().numpy()) for video, made in pairs], run.work / "vae.png")
@@ -166,8 +178,13 @@ def measure(recipe: Recipe, clips: Clips, run: Run) -> None:
 def load(config: VaeConfig, run: Run) -> Vae:
     """The trained VAE for use."""
     model = Vae(config)
-    model.load_state_dict(averaged(run.work, "vae"))
+    model.load_state_dict(trained(run.work))
     return model.to(run.device).eval().requires_grad_(False)
+
+
+def trained(work: Path) -> dict[str, Tensor]:
+    """Stage 1's weights, with the decoder of stage 4 if there is one."""
+    return averaged(work, "vae") | (averaged(work, "decoder") if is_trained(work, "decoder") else {})
 
 
 def trained_config(work: Path) -> VaeConfig:
@@ -175,26 +192,30 @@ def trained_config(work: Path) -> VaeConfig:
     return VaeConfig.from_official(json.loads((work / "vae.json").read_text()))
 
 
-def _fastest(training: Training, window: Window, run: Run) -> Way:
+def fastest(
+    training: Training, window: Window, run: Run, losses_with: Callable[[Tensor, torch.Generator, Way], Losses]
+) -> Way:
     """Tried on the training's own steps; leaves no trace in the model."""
-    model, stage = training.model, training.stage
-    assert isinstance(model, Vae)
     choices, noise = generators(run, training.step)
-    videos = window.draw(training.step, choices)["frames"][: stage.batch, :SHORT, :PIECE, :PIECE]
+    videos = window.draw(training.step, choices)["frames"][: training.stage.batch, :SHORT, :PIECE, :PIECE]
 
     def step(way: Way) -> None:
-        loss = step_losses(model, videos, torch.Generator().manual_seed(0), noise, way)["loss"]
-        torch.autograd.backward(loss)
-        training.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(losses_with(videos, noise, way)["loss"])
+        training.forget_gradients()
 
     return batched_vae.fastest(run.device, step)
 
 
-def _frames(clips: Clips, number: int, run: Run) -> dict[str, Tensor]:
+def examined(recipe: Recipe, clips: Clips, run: Run) -> list[Tensor]:
+    """Held-out clips, uint8 [n, F, H, W, 3] of each size."""
+    return [chunk.frames.to(run.device) for chunk in clips.held_out(min(EXAMINED, recipe.clips_per_chunk))]
+
+
+def frames_of(clips: Clips, number: int, run: Run) -> dict[str, Tensor]:
     return {"frames": clips.get(number).frames.to(run.device)}
 
 
-def _batch(frames: Tensor, stage: Stage, progress: float, choices: torch.Generator) -> Tensor:
+def batch(frames: Tensor, stage: Stage, progress: float, choices: torch.Generator) -> Tensor:
     """Some clips: at first twice as many shortest or as many short pieces; later short ones, or half as many whole."""
     pieces, first = progress < PIECES, bool(torch.rand((), generator=choices) < (0.5 if progress < PIECES else 0.25))
     count = max(1, int(stage.batch * (2 if pieces else 0.5))) if first else stage.batch
