@@ -5,7 +5,7 @@ of REFERENCE from the same noise; one line of JSON is all that is kept. So a run
 are left, the rows of the table are always about the same scenes, and figures differ by the way alone. Two controls are
 rows as well: another scene's prompt, and the first frame all the time.
 
-Videos this small do not fill a GPU: `workers` processes share it.
+Videos this small do not fill a GPU: `workers` processes share what cards there are.
 
 Invariants: a way that would quietly be replaced by another on this machine is refused (`frames_of`); a file of results
 goes on only with the weights, rows and settings that it began with.
@@ -17,6 +17,7 @@ import gc
 import hashlib
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -83,7 +84,8 @@ WAYS = (
 @dataclass(frozen=True)
 class Settings:
     """models: the folder of the folders `model-SCHEME`. results: the file of lines. minutes: until no new scene begins.
-    workers: processes; 1 is this one."""
+    workers: processes; 1 is this one. cards: names for CUDA_VISIBLE_DEVICES, shared out among the workers, each of
+    which sees its own as the first; none: all work on the device that `run` gets."""
 
     models: Path
     results: Path
@@ -94,6 +96,7 @@ class Settings:
     flow_shift: float | None
     minutes: float
     workers: int
+    cards: tuple[str, ...] = ()
 
     def recorded(self) -> dict[str, Any]:
         """The first line of the file."""
@@ -168,20 +171,24 @@ def run(settings: Settings, device: torch.device) -> list[Line]:
         if number not in lines
     ]
     with settings.results.open("a", encoding="utf-8") as file:
-        for line in _done(left, settings.workers, end):
+        for line in _done(left, settings.workers, settings.cards, end):
             file.write(line.to_json() + "\n")
             file.flush()
             lines[line.number] = line
     return [lines[number] for number in sorted(lines) if number < settings.videos]
 
 
-def _done(tasks: Sequence[Task], workers: int, end: float) -> Iterator[Line]:
+def _done(tasks: Sequence[Task], workers: int, cards: Sequence[str], end: float) -> Iterator[Line]:
     """The tasks' lines in the order in which they are finished; none begins after `end`."""
     if workers <= 1:
         _settle()
         yield from (one_scene(task) for task in tasks if monotonic() < end)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _settle, (1,)) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    numbers = spawn.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    with ProcessPoolExecutor(workers, spawn, _begin_worker, (numbers, cards)) as pool:
         left, running = iter(tasks), set[Future[Line]]()
         while True:
             while len(running) < workers and monotonic() < end and (task := next(left, None)) is not None:
@@ -190,6 +197,23 @@ def _done(tasks: Sequence[Task], workers: int, end: float) -> Iterator[Line]:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in finished)
+
+
+def _begin_worker(numbers: Any, cards: Sequence[str]) -> None:
+    """Takes a card, before torch looks for any."""
+    if cards:
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[numbers.get() % len(cards)]
+    _settle(1)
+
+
+def cards_of(device: str) -> tuple[str, ...]:
+    """Of `--device`: all cards where it names none of them."""
+    import torch
+
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(str(card) for card in range(torch.cuda.device_count()))
 
 
 def _settle(threads: int = 0) -> None:

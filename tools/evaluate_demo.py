@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> tuple[Report, list[float]]:
 def make_table(options: argparse.Namespace) -> int:
     """Goes on with the table and prints it as far as it is. Raises LowVramError."""
     from lowvram_i2v.device import pick_device
-    from tools.demo_table import WAYS, Settings, parse_way, summary
+    from tools.demo_table import WAYS, Settings, cards_of, parse_way, summary
     from tools.demo_table import run as run_table
 
     if options.models is None or options.videos < 1:
@@ -112,8 +112,10 @@ def make_table(options: argparse.Namespace) -> int:
         flow_shift=options.flow_shift,
         minutes=options.minutes,
         workers=options.workers,
+        cards=cards_of(options.device) if options.workers > 1 else (),
     )
-    print("\n".join(summary(run_table(settings, pick_device(options.device)), settings)))
+    device = pick_device(options.device)
+    print("\n".join(summary(run_table(settings, device), settings)))
     return 0
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lowvram_i2v.dit.rope import rope_table
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.text.encode import encode_prompt
-from tools.train_demo import flow, text, vae
+from tools.train_demo import flow, latents, text, vae
 from tools.train_demo.batched import Prompts, velocity
 from tools.train_demo.batched_vae import plain_way
 from tools.train_demo.loop import averaged, generators, learning_rate, parts
@@ -66,13 +66,13 @@ def test_the_text_encoders_learn(work: Path) -> None:
 def test_the_transformer_learns(work: Path) -> None:
     run, config = micro.run(work), micro.MICRO.size.transformer
     with micro.clips() as clips:
-        chunk = flow.encode(clips.get(0), flow.load_encoders(micro.MICRO, run), run)
-    latents, model = chunk["latents"].float(), flow.start(config)
-    prompts, rope = Prompts(chunk["rows"], chunk["lengths"], chunk["pooled"]), _rope(latents)
+        chunk = latents.encode(clips.get(0), latents.load_encoders(micro.MICRO, run), run)
+    videos, model = chunk["latents"].float(), flow.start(config)
+    prompts, rope = Prompts(chunk["rows"], chunk["lengths"], chunk["pooled"]), _rope(videos)
 
     @torch.no_grad()
     def loss() -> float:
-        noised, sigmas, wanted = flow.disturb(latents, generators(run, 0)[1])
+        noised, sigmas, wanted = flow.disturb(videos, generators(run, 0)[1])
         made = velocity(model, noised, sigmas * 1000, prompts, GUIDANCE, rope)
         return float(flow.flow_losses(made, wanted, sigmas)["loss"])
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ class Clips:
         held_out: Source,
     ) -> None:
         self._source, self._seed, self._sizes, self._count = source, seed, sizes, count
-        self._held_out = held_out
+        self._held_out, self.workers = held_out, workers
         self._pending: dict[int, list[Future[Clip]]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers:  # fork would copy a process that has a CUDA context and threads
@@ -100,6 +100,14 @@ class Clips:
     def in_background(self) -> bool:
         """Whether other processes render."""
         return self._pool is not None
+
+    def with_workers(self, workers: int) -> Clips:
+        """The same clips, from processes of their own."""
+        return Clips(self._source, self._seed, self._sizes, self._count, workers, self._held_out)
+
+    def __reduce__(self) -> Any:
+        """Another process gets its own workers."""
+        return Clips, (self._source, self._seed, self._sizes, self._count, self.workers, self._held_out)
 
     def __enter__(self) -> Clips:
         return self
@@ -152,32 +160,51 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+class Coming(Protocol):
+    """Where chunks come from: whether others make them, and a hint which one is wanted soon."""
+
+    @property
+    def in_background(self) -> bool: ...
+    def ahead(self, number: int) -> None: ...
+
+
 class Window:
     """What each step may draw from: the newest chunks, one more every `steps` steps, each made into what a stage needs.
 
     make: chunk number -> tensors on the training device; the next chunk is made by a thread while the device trains.
     kept: whether what was made of a chunk lies on disk, for a stage that keeps it there because it is dear: of chunks
     that a run on another machine left behind, only the newest REMADE are made again. None: chunks are cheap.
+    patient: wait for a chunk that is late, instead of drawing from those that are there.
     """
 
     def __init__(
         self,
-        clips: Clips,
+        clips: Coming,
         make: Callable[[int], dict[str, Tensor]],
         steps: int,
         most: int,
         kept: Callable[[int], bool] | None = None,
+        patient: bool = True,
     ) -> None:
         self._clips, self._make, self._steps, self._most, self._kept = clips, make, steps, most, kept
+        self._patient = patient
+        self._newest = -1
         self._held: dict[int, dict[str, Tensor]] = {}
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
+    @property
+    def count(self) -> int:
+        """Chunks that are there."""
+        return len(self._held)
+
     def draw(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """One of the chunks that step `step` may see, drawn with a CPU generator."""
         newest = step // self._steps
-        if newest not in self._held:
+        if newest != self._newest:
             self._move(newest)
+        if self._coming:
+            self._take(newest)
         numbers = sorted(self._held)
         return self._held[numbers[int(torch.randint(len(numbers), (), generator=generator))]]
 
@@ -187,9 +214,16 @@ class Window:
             del self._held[number]
         for number in range(oldest, newest + 1):
             remade = self._kept is None or self._kept(number) or number > newest - REMADE
-            if number not in self._held and remade:
-                coming = self._coming.pop(number, None)
-                self._held[number] = self._make(number) if coming is None else coming.result()
+            if number not in self._held and number not in self._coming and remade:
+                self._held[number] = self._make(number)
         if self._clips.in_background:
-            self._coming[newest + 1] = self._thread.submit(self._make, newest + 1)
+            if newest + 1 not in self._coming:
+                self._coming[newest + 1] = self._thread.submit(self._make, newest + 1)
             self._clips.ahead(newest + 2)  # rendered, not yet made into anything
+        self._newest = newest
+
+    def _take(self, newest: int) -> None:
+        """What has come and may be seen."""
+        for number in [number for number in self._coming if number <= newest]:
+            if self._patient or self._coming[number].done() or not self._held:
+                self._held[number] = self._coming.pop(number).result()

@@ -1,20 +1,18 @@
 """Stage 3, the transformer: flow matching on the VAE's latents, conditioned exactly as inference conditions.
 
 x = (1 - sigma) * video + sigma * noise, the model predicts noise - video (what the Euler loop follows). The first
-latent frame is the picture's, clean, its tokens have t = 0, and it takes no part in the loss. sigma is uniform, then
-shifted as the sampler shifts it, by less: a shift of SHIFT puts half of the steps above 0.75, where what moves where is
-decided, and still shows the last steps. Guidance is always GUIDANCE: the weights learn one value, a request's default.
-One prompt in DROPPED is replaced by the negative one of inference (empty, with a black picture), for true CFG.
+latent frame is the picture's, clean, its tokens have t = 0, and it takes no part in the loss. sigma is uniform, each
+clip of a batch in a share of its own, then shifted as the sampler shifts it, by less. Picture and prompt decide what
+moves where; above 0.9 or so the noise hides it and the model has to read them, and a shift of SHIFT puts a third of the
+steps there. Guidance is always GUIDANCE: the weights learn one value, a request's default. One prompt in 1 / DROPPED is
+replaced by the negative one of inference (empty, with a black picture), for true CFG.
 
-Latents and prompt rows are computed once for each clip and kept on disk; the folder's name is the encoders' state.
+Latents and prompt rows come from `latents.py`; a step is recorded once and replayed (`replay.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +23,20 @@ from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.rope import rope_table
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.sampling.schedule import TIMESTEPS, flow_sigmas
-from tools.train_demo import text, vae
+from tools.train_demo import vae
 from tools.train_demo.batched import Prompts, velocity
-from tools.train_demo.batched_vae import decode, picture_latents, plain_way
-from tools.train_demo.clips import Chunk, Clips, Window, save
-from tools.train_demo.loop import Losses, Run, Training, autocast, averaged, generators
+from tools.train_demo.batched_vae import decode, plain_way
+from tools.train_demo.clips import Clips, Window
+from tools.train_demo.latents import Encoders, Latents, encode, load_encoders
+from tools.train_demo.loop import Losses, Run, Training, autocast, generators
+from tools.train_demo.replay import Replayed
 from tools.train_demo.sheet import write_sheet
 from tools.train_demo.sizes import GUIDANCE, Recipe
 
-SHIFT = 3.0
+SHIFT = 5.0
 SAMPLED, SAMPLED_SHIFT = 20, 7.0  # steps and shift of the sheet
-DROPPED = 0.1
-AT_ONCE = 16  # clips that are encoded
-ROWS_STEP = 48  # padded prompts come in one length, so that a compiled model does too
+DROPPED = 0.05
 EXAMINED, SHOWN = 16, 2  # held-out clips of each size: judged, on the sheet
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen results of the first two stages. nothing: the negative prompt."""
-
-    vae: vae.Vae
-    scaling_factor: float
-    text: text.TextEncoders
-    nothing: Prompts
 
 
 def train(recipe: Recipe, clips: Clips, run: Run, compiled: bool = False) -> None:
@@ -59,48 +47,75 @@ def train(recipe: Recipe, clips: Clips, run: Run, compiled: bool = False) -> Non
     assert isinstance(model, HunyuanVideoTransformer)
     if training.over:
         return
-    encoders, folder = load_encoders(recipe, run), latents_folder(run.work)
-    ropes: dict[tuple[int, ...], Rope] = {}
+    encoders = load_encoders(recipe, run)
+    with Latents(recipe, clips, run, encoders) as latents:
+        _train(training, model, recipe, clips, latents, encoders, compiled)
 
-    def kept(number: int) -> Path:
-        return folder / f"{number:05d}.pt"
 
-    def make(number: int) -> dict[str, Tensor]:
-        if not kept(number).is_file():
-            save(encode(clips.get(number), encoders, run), kept(number))
-        return _on(torch.load(kept(number), weights_only=True), run.device)
-
-    window = Window(clips, make, stage.chunk_steps, stage.most_chunks, lambda number: kept(number).is_file())
-
-    def losses(latents: Tensor, prompts: Prompts, noise: torch.Generator, compiled: bool = False) -> Losses:
-        rope = rope_of(ropes, config, latents)
-        noised, sigmas, wanted = disturb(latents, noise)
-        with autocast(run.device):
-            made = velocity(model, noised, sigmas * TIMESTEPS, prompts, GUIDANCE, rope, compiled)
-        return flow_losses(made, wanted, sigmas)
+def _train(
+    training: Training,
+    model: HunyuanVideoTransformer,
+    recipe: Recipe,
+    clips: Clips,
+    latents: Latents,
+    encoders: Encoders,
+    compiled: bool,
+) -> None:
+    run, stage = training.run_, recipe.flow
+    latents.ahead(training.step // stage.chunk_steps)
+    losses = Losing(model, compiled)
+    replayed = Replayed(losses, training.weights)
+    held_out = clips.held_out(min(EXAMINED, recipe.clips_per_chunk))
+    judged = [on(encode(chunk, encoders, run), run.device) for chunk in held_out]
+    for chunk in judged:
+        some = picked(chunk, torch.zeros(stage.batch, dtype=torch.long, device=run.device))
+        replayed.prepare(*step_inputs(some, encoders.nothing, generators(run, 0)[1]))
+    patient = run.device.type == "cpu" and not run.finish  # others do not end in the same bits anyway
+    window = Window(latents, latents.get, stage.chunk_steps, stage.most_chunks, latents.kept, patient)
 
     def losses_of(step: int) -> Losses:
         choices, noise = generators(run, step)
         chunk = window.draw(step, choices)
         index = torch.randint(len(chunk["latents"]), (stage.batch,), generator=choices)
-        picked = _picked(chunk, on_device(index, run.device))
-        return losses(chunk_latents(picked), dropped(_prompts(picked), encoders.nothing, noise), noise, compiled)
-
-    held_out = clips.held_out(min(EXAMINED, recipe.clips_per_chunk))
-    judged = [_on(encode(chunk, encoders, run), run.device) for chunk in held_out]
+        return replayed(*step_inputs(picked(chunk, on_device(index, run.device)), encoders.nothing, noise))
 
     def examine() -> dict[str, float]:
         noise = torch.Generator(run.device).manual_seed(0)
-        found = [losses(chunk_latents(chunk), _prompts(chunk), noise) for chunk in judged]
-        return {f"held-out {name}": sum(float(one[name]) for one in found) / len(found) for name in found[0]}
+        found = [losses(*disturb(chunk_latents(chunk), noise), *_prompts(chunk).tensors()) for chunk in judged]
+        means = {f"held-out {name}": sum(float(one[name]) for one in found) / len(found) for name in found[0]}
+        return means | {"chunks": window.count}
 
     training.run(losses_of, examine)
     with training.averaged_weights():
-        shown = [_picked(chunk, torch.arange(min(SHOWN, len(chunk["latents"])))) for chunk in judged]
+        shown = [picked(chunk, torch.arange(min(SHOWN, len(chunk["latents"])))) for chunk in judged]
         made = [sample(model, encoders, chunk_latents(chunk), _prompts(chunk), run) for chunk in shown]
     originals = [video for chunk in held_out for video in chunk.frames[:SHOWN]]
     animated = [video.cpu() for videos in made for video in videos]
     write_sheet([(a.numpy(), b.numpy()) for a, b in zip(originals, animated, strict=True)], run.work / "flow.png")
+
+
+class Losing:
+    """What a model loses on a batch that is disturbed already: a function of tensors alone."""
+
+    def __init__(self, model: HunyuanVideoTransformer, compiled: bool) -> None:
+        self._model, self._compiled = model, compiled
+        self._ropes: dict[tuple[int, ...], Rope] = {}
+
+    def __call__(
+        self, noised: Tensor, sigmas: Tensor, wanted: Tensor, rows: Tensor, lengths: Tensor, pooled: Tensor
+    ) -> Losses:
+        """As `disturb` and `Prompts` have them. Compiled only where gradients are wanted."""
+        model, rope = self._model, rope_of(self._ropes, self._model.config, noised)
+        compiled, prompts = self._compiled and torch.is_grad_enabled(), Prompts(rows, lengths, pooled)
+        with autocast(noised.device):
+            made = velocity(model, noised, sigmas * TIMESTEPS, prompts, GUIDANCE, rope, compiled)
+        return flow_losses(made, wanted, sigmas)
+
+
+def step_inputs(chunk: dict[str, Tensor], nothing: Prompts, noise: torch.Generator) -> tuple[Tensor, ...]:
+    """Of some clips: what `Losing` takes."""
+    disturbed = disturb(chunk_latents(chunk), noise)
+    return *disturbed, *dropped(_prompts(chunk), nothing, noise).tensors()
 
 
 @torch.no_grad()
@@ -130,7 +145,8 @@ def start(config: TransformerConfig) -> HunyuanVideoTransformer:
 
 def disturb(latents: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """[n, 16, T, h, w] -> what the model sees, sigma [n], and the velocity it is to predict."""
-    u = torch.rand(len(latents), generator=noise, device=latents.device)
+    n, device = len(latents), latents.device
+    u = (torch.arange(n, device=device) + torch.rand(n, generator=noise, device=device)) / n
     sigmas = SHIFT * u / (1 + (SHIFT - 1) * u)
     drawn = torch.randn(latents.shape, generator=noise, device=latents.device)
     share = sigmas[:, None, None, None, None]
@@ -160,46 +176,6 @@ def dropped(prompts: Prompts, nothing: Prompts, noise: torch.Generator) -> Promp
     )
 
 
-def load_encoders(recipe: Recipe, run: Run) -> Encoders:
-    """Raises SystemExit if a stage before this one has not been trained."""
-    config = vae.trained_config(run.work)
-    encoders = text.load(run)
-    black = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-    encoded = encoders.encode([""], black)
-    nothing = Prompts(encoded.rows, encoded.lengths, encoded.pooled)
-    return Encoders(vae.load(recipe.size.vae, run), config.scaling_factor, encoders, nothing)
-
-
-@torch.no_grad()
-def encode(chunk: Chunk, encoders: Encoders, run: Run) -> dict[str, Tensor]:
-    """A chunk's scaled latents (half precision, CPU) and its prompts."""
-    way = plain_way(run.device)
-    latents = [
-        picture_latents(encoders.vae, vae.as_floats(few.to(run.device)), way)
-        for few in torch.split(chunk.frames, AT_ONCE)
-    ]
-    prompts = encoders.text.encode(chunk.prompts, chunk.frames[:, 0])
-    longest = prompts.rows.shape[1]
-    rows = F.pad(prompts.rows, (0, 0, 0, -longest % ROWS_STEP))
-    return {
-        "latents": (torch.cat(latents) * encoders.scaling_factor).half().cpu(),
-        "rows": rows.cpu(),
-        "lengths": prompts.lengths.cpu(),
-        "pooled": prompts.pooled.cpu(),
-    }
-
-
-def latents_folder(work: Path) -> Path:
-    """Its name changes with the weights of VAE and text encoders, so that no stale latent is read."""
-    digest = hashlib.sha256()
-    for name in ("vae", "text"):
-        for key, value in averaged(work, name).items():
-            digest.update(key.encode() + value.contiguous().numpy().tobytes())
-    folder = work / f"latents-{digest.hexdigest()[:12]}"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def chunk_latents(chunk: dict[str, Tensor]) -> Tensor:
     return chunk["latents"].float()
 
@@ -224,9 +200,9 @@ def _prompts(chunk: dict[str, Tensor]) -> Prompts:
     return Prompts(chunk["rows"], chunk["lengths"], chunk["pooled"])
 
 
-def _picked(chunk: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+def picked(chunk: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     return {key: value[index] for key, value in chunk.items()}
 
 
-def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in tensors.items()}

@@ -33,35 +33,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[tuple[int, int], list[Tensor]] = {}
-            for matrix in group["params"]:
-                shapes.setdefault((len(matrix), matrix[0].numel()), []).append(matrix)
-            for (rows, columns), alike in shapes.items():
-                moved = orthogonal(torch.stack([self._momentum(one).reshape(rows, columns) for one in alike]))
+            shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            matrices = group["params"]
+            for matrix, momentum in zip(matrices, self._momenta(matrices), strict=True):
+                shapes.setdefault((len(matrix), matrix[0].numel()), []).append((matrix, momentum))
+            for (rows, columns), pairs in shapes.items():
+                moved = orthogonal(torch.stack([momentum.reshape(rows, columns) for _, momentum in pairs]))
                 size = MATCHED * math.sqrt(max(rows, columns))
-                steps = [step.reshape(one.shape).to(one.dtype) for step, one in zip(moved, alike, strict=True)]
-                torch._foreach_add_(alike, steps, alpha=-group["lr"] * size)
+                alike = [matrix.view(rows, columns) for matrix, _ in pairs]
+                torch._foreach_add_(alike, list(moved.to(alike[0].dtype).unbind()), alpha=-group["lr"] * size)
 
-    def _momentum(self, matrix: Tensor) -> Tensor:
+    def _momenta(self, matrices: list[Tensor]) -> tuple[Tensor, ...]:
         """Of the gradients up to now, looking one step ahead (Nesterov)."""
-        state, gradient = self.state[matrix], matrix.grad
-        assert gradient is not None, "every matrix takes part in every step"
-        if not state:
-            state["momentum"] = torch.zeros_like(matrix)
-        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(state["momentum"], MOMENTUM)
+        for matrix in matrices:
+            if matrix not in self.state:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        momenta, gradients = [self.state[one]["momentum"] for one in matrices], [one.grad for one in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return tuple(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """[n, rows, columns] -> nearly the nearest matrices whose singular values are all one; bfloat16 on a GPU."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices / (torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 

@@ -102,7 +102,7 @@ DEMO = Recipe(
     vae=Stage(8_000, batch=8, learning_rate=1.5e-3, warmup=100, decay=0.998, chunk_steps=150, most_chunks=8, muon=True),
     text=Stage(2_000, batch=128, learning_rate=1e-3, warmup=100, decay=0.99, chunk_steps=40, most_chunks=40),
     flow=Stage(
-        40_000, batch=64, learning_rate=6e-4, warmup=200, decay=0.9995, chunk_steps=80, most_chunks=500, muon=True
+        40_000, batch=64, learning_rate=1e-3, warmup=200, decay=0.999, chunk_steps=160, most_chunks=400, muon=True
     ),
     decoder=Stage(
         8_000, batch=8, learning_rate=6e-4, warmup=100, decay=0.998, chunk_steps=150, most_chunks=8, muon=True
