@@ -185,8 +185,8 @@ class Training:
         """The whole state. Raises SystemExit, and keeps the last state, if it is not finite."""
         if not all(bool(torch.isfinite(value).all()) for value in self.ema.values()):
             raise SystemExit(f"{self.name}: weights that are no numbers at step {self.step}; the last state is kept")
-        state = {"model": self.model.state_dict(), "ema": self.ema}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        moments = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"model": self.model.state_dict(), "ema": self.ema, "optimizers": moments}
         save(self._place() | state, self._path())
 
     def _save_parts(self) -> None:

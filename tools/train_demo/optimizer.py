@@ -48,7 +48,8 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if matrix not in self.state:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        momenta, gradients = [self.state[one]["momentum"] for one in matrices], [one.grad for one in matrices]
+        momenta = [self.state[one]["momentum"] for one in matrices]
+        gradients = [one.grad for one in matrices if one.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         return tuple(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
@@ -63,12 +64,14 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 def optimizers(parameters: dict[str, nn.Parameter], rate: float, muon: bool) -> list[torch.optim.Optimizer]:
     """For named parameters. muon: whether matrices in the middle go with Muon."""
-    inner, others = [], []
+    inner: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in parameters.items():
         is_inner = muon and parameter.ndim > 1 and not any(part in name for part in OUTER)
         (inner if is_inner else others).append(parameter)
