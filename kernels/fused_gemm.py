@@ -4,12 +4,11 @@
     y[m, n] = sum_k a[m, k] * w[n, k] * a_scale[m] * w_scale[n] + bias[n]
 
 The products are summed as they are (integers exactly, e4m3 in float32), the scales come after the sum. What follows,
-while y is still in registers: nothing; GELU, with each row's largest magnitude kept for making codes of it; or
-residual += gate * y with the first-frame rule. y itself is then never rounded and never in memory.
+while y is still in registers: nothing, or residual += gate * y with the first-frame rule; y itself is then never
+rounded and never in memory.
 
-GELU's codes need the whole row's largest magnitude, which no tile knows: the product writes GELU(y) in 16 bits and
-raises the row's maximum (exact in any order, so the result is the same bits every time), a second kernel reads the
-16 bits once and writes codes. In chunks of some thousand rows that second pass reads from the L2 cache.
+GELU is not among it: its codes need the whole row's largest magnitude, which no tile knows, so a second kernel reads 16
+bits and writes codes anyway. There GELU costs nothing; here it took 20 % of a product's time, which nothing covers.
 
 Invariants: row offsets are 64-bit, row counts are no part of what is compiled; rows beyond the last are computed from
 row 0 again and not stored. Left out: widths that are no multiple of 16 (unaligned rows), which stay with torch.
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowvram_i2v.kernels.fused_rows import codes_of_known, gelu_codes, gelu_tanh, on_device
+from lowvram_i2v.kernels.fused_rows import on_device
 from lowvram_i2v.kernels.w8a8 import Codes, OpenWeight, by_library, torch_linear
 
 
@@ -45,10 +44,11 @@ class Tile:
 
 
 TILES = {
-    (9, torch.int8): Tile(256, 128, 128, 8, 3),
+    (9, torch.int8): Tile(128, 128, 128, 4, 3),
     (9, torch.float8_e4m3fn): Tile(128, 256, 128, 8, 4),
 }
-"""Major compute capability and codes -> tile; TILE for all others."""
+"""Major compute capability and codes -> tile; TILE for all others. With int8 two programs share a multiprocessor: what
+one does after its sums is hidden under the products of the other."""
 
 TILE = Tile(128, 256, 64, 8, 4)
 """Fits the 99 KB of shared memory of RTX 30, 40 and 50: compiled for them by the tests, timed by nobody yet."""
@@ -59,10 +59,10 @@ GROUP = 8
 
 @triton.jit
 def finish(
-    sums, row, column, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens, out_stride, gate_stride,
-    BIAS: tl.constexpr, THEN: tl.constexpr,
+    sums, row, column, out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride, gate_stride,
+    BIAS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """What comes after the sums of some rows and columns; THEN as in `product_kernel`."""
+    """What comes after the sums of some rows and columns."""
     live_row, live_column = row < M, column < N
     live = live_row[:, None] & live_column[None, :]
     by_row = tl.load(a_scale + row, mask=live_row, other=0.0)
@@ -71,11 +71,7 @@ def finish(
     if BIAS:
         made += tl.load(bias + column, mask=live_column, other=0.0).to(tl.float32)[None, :]
     target = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    if THEN == "gelu":
-        made = gelu_tanh(made).to(out.dtype.element_ty)
-        bits = tl.abs(made.to(tl.float32)).to(tl.int32, bitcast=True)  # ordered as the magnitudes are
-        tl.atomic_max(largest + row, tl.max(tl.where(live, bits, 0), 1), mask=live_row, sem="relaxed")
-    if THEN == "gated":
+    if GATED:
         own = tl.load(gate + column, mask=live_column, other=0.0).to(tl.float32)
         other = gate + tl.where(first_tokens > 0, gate_stride, 0)  # there may be no second vector
         first = tl.load(other + column, mask=live_column, other=0.0).to(tl.float32)
@@ -86,31 +82,31 @@ def finish(
 
 @triton.jit
 def finish_parts(
-    sums, row, column, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens, out_stride, gate_stride,
-    BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr, BIAS: tl.constexpr, THEN: tl.constexpr,
+    sums, row, column, out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride, gate_stride,
+    BM: tl.constexpr, BN: tl.constexpr, AT_ONCE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """`finish` for BN columns from `column` on, at most AT_ONCE of them together: beside the sums there are registers
     for the values of some columns only."""
     if BN > AT_ONCE:
         left, right = tl.split(tl.permute(tl.reshape(sums, [BM, 2, BN // 2]), [0, 2, 1]))
-        finish_parts(left, row, column, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens, out_stride,
-                     gate_stride, BM, BN // 2, AT_ONCE, BIAS, THEN)  # fmt: skip
-        finish_parts(right, row, column + BN // 2, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens,
-                     out_stride, gate_stride, BM, BN // 2, AT_ONCE, BIAS, THEN)  # fmt: skip
+        finish_parts(left, row, column, out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride,
+                     gate_stride, BM, BN // 2, AT_ONCE, BIAS, GATED)  # fmt: skip
+        finish_parts(right, row, column + BN // 2, out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride,
+                     gate_stride, BM, BN // 2, AT_ONCE, BIAS, GATED)  # fmt: skip
     else:
-        finish(sums, row, column + tl.arange(0, BN), out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens,
-               out_stride, gate_stride, BIAS, THEN)  # fmt: skip
+        finish(sums, row, column + tl.arange(0, BN), out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride,
+               gate_stride, BIAS, GATED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "first_tokens"])
 def product_kernel(
-    a, w, out, a_scale, w_scale, bias, largest, gate, M, N, K, first_tokens,
+    a, w, out, a_scale, w_scale, bias, gate, M, N, K, first_tokens,
     a_stride, w_stride, out_stride, gate_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, SUMS: tl.constexpr,
-    BIAS: tl.constexpr, THEN: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: BK divides K. SUMS: "int", "float", "two_level" or "scaled" (block scales of 1: the full rate of e4m3 on
-    sm_120). THEN: "", "gelu" or "gated"."""
+    sm_120). GATED: out += gate * y, instead of out = y. AT_ONCE: as in `finish_parts`."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     group = tl.program_id(0) // (GROUP * tiles_n)
     inside = tl.program_id(0) % (GROUP * tiles_n)
@@ -140,46 +136,34 @@ def product_kernel(
         a_tile += BK
         w_tile += BK
     column = (inside // height) * BN
-    finish_parts(sums, row, column, out, a_scale, w_scale, bias, largest, gate, M, N, first_tokens, out_stride,
-                 gate_stride, BM, BN, 8192 // BM if THEN == "gated" else 128, BIAS, THEN)  # fmt: skip
+    finish_parts(sums, row, column, out, a_scale, w_scale, bias, gate, M, N, first_tokens, out_stride, gate_stride,
+                 BM, BN, AT_ONCE, BIAS, GATED)  # fmt: skip
 
 
 def linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
     """As `row_codes.linear`."""
     if by_library("linear", x.codes.dtype, x.codes.device):
-        return torch_linear(x, weight, dtype)
+        return torch_linear(x, weight, dtype, fast=True)
     out = torch.empty(len(x.codes), len(weight.codes), dtype=dtype, device=x.codes.device)
     launch(x, weight, out)
     return out
 
 
-def linear_gelu_codes(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Codes:
-    """As `row_codes.linear_gelu_codes`."""
-    if by_library("linear_gelu_codes", x.codes.dtype, x.codes.device):
-        return gelu_codes(torch_linear(x, weight, dtype), x.codes.dtype)
-    rows, device = len(x.codes), x.codes.device
-    made = torch.empty(rows, len(weight.codes), dtype=dtype, device=device)
-    largest = torch.zeros(rows, dtype=torch.int32, device=device)
-    launch(x, weight, made, "gelu", largest=largest)
-    return codes_of_known(made, largest, x.codes.dtype)
-
-
 def linear_gated_residual_(residual: Tensor, x: Codes, weight: OpenWeight, gate: Tensor, first_tokens: int = 0) -> None:
     """As `row_codes.linear_gated_residual_`."""
-    launch(x, weight, residual, "gated", gate=gate, first_tokens=first_tokens)
+    launch(x, weight, residual, gate=gate, first_tokens=first_tokens)
 
 
 def launch(
     x: Codes,
     weight: OpenWeight,
     out: Tensor,
-    then: str = "",
     *,
-    largest: Tensor | None = None,
     gate: Tensor | None = None,
     first_tokens: int = 0,
     tile: Tile | None = None,
 ) -> None:
+    """out = y; with a gate, out += gate * y."""
     (rows, depth), columns = x.codes.shape, len(weight.codes)
     assert rows > 0
     assert weight.codes.shape == (columns, depth)
@@ -189,14 +173,15 @@ def launch(
     assert gate is None or gate.stride(1) == 1
     major = capability(out.device)
     tile = tile or tile_for(x.codes.dtype, major)
+    at_once = 128 if gate is None else tile.warps * 1024 // tile.m  # 32 values a thread
     with on_device(out):
         product_kernel[(triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)](
             x.codes, weight.codes, out, x.scale, weight.scale, weight.scale if weight.bias is None else weight.bias,
-            out if largest is None else largest, out if gate is None else gate, rows, columns, depth, first_tokens,
+            out if gate is None else gate, rows, columns, depth, first_tokens,
             x.codes.stride(0), weight.codes.stride(0), out.stride(0), 0 if gate is None else gate.stride(0),
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP, WHOLE=depth % tile.k == 0,
-            SUMS=sums(x.codes.dtype, tile, major), BIAS=weight.bias is not None, THEN=then,
-            num_warps=tile.warps, num_stages=tile.stages,
+            SUMS=sums(x.codes.dtype, tile, major), BIAS=weight.bias is not None, GATED=gate is not None,
+            AT_ONCE=at_once, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Triton kernels that read and write rows once: norm + modulate, gated residual, GELU, and rows as 8-bit codes.
 
-One program handles one row and keeps it in registers, so each value crosses the memory bus once each way; rows may be
-any distance apart. A row of 3072 values is a tile of 2048 and one of 1024, or three of 1024: tiles are powers of two,
-and one of 4096 would leave a quarter of the threads idle.
+One program handles a row at a time and keeps it in registers, so each value crosses the memory bus once each way; rows
+may be any distance apart. A row of 3072 values is a tile of 2048 and one of 1024, or three of 1024: tiles are powers of
+two, and one of 4096 would leave a quarter of the threads idle.
 
 Invariants: float32 inside, one rounding at the end; a row's result does not depend on the other rows; row offsets are
 64-bit (119 200 rows of 21 504 values are more than 2^31), the row count is never part of what is compiled.
@@ -87,13 +87,31 @@ def third(START: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def read_third(pointer, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr):
-    """As float32, zeros beyond WIDTH. KEEP: other rows read the same."""
+    """Zeros beyond WIDTH. KEEP: other rows read the same."""
     columns = third(START, STEP)
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
     if START + STEP <= WIDTH:
-        return tl.load(pointer + columns, eviction_policy=policy).to(tl.float32)
+        return tl.load(pointer + columns, eviction_policy=policy)
     else:
-        return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0, eviction_policy=policy).to(tl.float32)
+        return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0, eviction_policy=policy)
+
+
+@triton.jit
+def read_row(x, row, x_stride, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    x += row.to(tl.int64) * x_stride
+    a, b = read_third(x, 0, STEP, WIDTH, False), read_third(x, STEP, STEP, WIDTH, False)
+    return a, b, read_third(x, 2 * STEP, STEP, WIDTH, False)
+
+
+@triton.jit
+def read_vectors(shift, scale, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """What a row is multiplied by, and what is added."""
+    a = 1.0 + read_third(scale, 0, STEP, WIDTH, True).to(tl.float32)
+    b = 1.0 + read_third(scale, STEP, STEP, WIDTH, True).to(tl.float32)
+    c = 1.0 + read_third(scale, 2 * STEP, STEP, WIDTH, True).to(tl.float32)
+    d = read_third(shift, 0, STEP, WIDTH, True).to(tl.float32)
+    e = read_third(shift, STEP, STEP, WIDTH, True).to(tl.float32)
+    return a, b, c, d, e, read_third(shift, 2 * STEP, STEP, WIDTH, True).to(tl.float32)
 
 
 @triton.jit
@@ -106,9 +124,15 @@ def minus(values, mean, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def modulate_third(values, shift, scale, START: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
-    factor = 1.0 + read_third(scale, START, STEP, WIDTH, True)
-    return values * factor + read_third(shift, START, STEP, WIDTH, True)
+def normed(a, b, c, STEP: tl.constexpr, WIDTH: tl.constexpr):
+    """A row in three parts of STEP columns: added part by part, threads exchange one number for each of its sums."""
+    a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
+    mean = tl.sum(tl.sum(a + b + c, 1), 0) / WIDTH
+    a = minus(a, mean, 0, STEP, WIDTH)
+    b = minus(b, mean, STEP, STEP, WIDTH)
+    c = minus(c, mean, 2 * STEP, STEP, WIDTH)
+    inverse = tl.rsqrt(tl.sum(tl.sum(a * a + b * b + c * c, 1), 0) / WIDTH + EPS)
+    return a * inverse, b * inverse, c * inverse
 
 
 @triton.jit
@@ -121,40 +145,40 @@ def write_third(pointer, values, code, START: tl.constexpr, STEP: tl.constexpr, 
         tl.store(pointer + columns, stored, mask=columns < WIDTH)
 
 
+@triton.jit
+def larger(a, b):
+    """What is no number counts as the larger one."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def write_row(out, out_scale, row, out_stride, a, b, c, STEP: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr):
+    """As it is, or as codes with their scale."""
+    code = 1.0
+    if LARGEST:
+        largest = larger(larger(tl.abs(a), tl.abs(b)), tl.abs(c))
+        row_scale = scale_of(tl.max(tl.max(magnitudes(largest), 1), 0), LARGEST)
+        code = 1.0 / row_scale
+        tl.store(out_scale + row, row_scale)
+    out += row.to(tl.int64) * out_stride
+    write_third(out, a, code, 0, STEP, WIDTH, LARGEST)
+    write_third(out, b, code, STEP, STEP, WIDTH, LARGEST)
+    write_third(out, c, code, 2 * STEP, STEP, WIDTH, LARGEST)
+
+
 @triton.jit(do_not_specialize=["first_tokens"])
 def modulate_kernel(
     x, shift, scale, out, out_scale, first_tokens, x_stride, vector_stride, out_stride,
     WIDTH: tl.constexpr, STEP: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """A row in three parts of STEP columns: added part by part, threads exchange one number for each of its sums."""
     row = tl.program_id(0)
-    x += row.to(tl.int64) * x_stride
-    out += row.to(tl.int64) * out_stride
-    vector = tl.where(row < first_tokens, 1, 0) * vector_stride
-    shift += vector
-    scale += vector
-    B: tl.constexpr = STEP
-    C: tl.constexpr = 2 * STEP
-    xa = read_third(x, 0, STEP, WIDTH, False)
-    xb = read_third(x, B, STEP, WIDTH, False)
-    xc = read_third(x, C, STEP, WIDTH, False)
-    mean = tl.sum(tl.sum(xa + xb + xc, 1), 0) / WIDTH
-    xa = minus(xa, mean, 0, STEP, WIDTH)
-    xb = minus(xb, mean, B, STEP, WIDTH)
-    xc = minus(xc, mean, C, STEP, WIDTH)
-    inverse = tl.rsqrt(tl.sum(tl.sum(xa * xa + xb * xb + xc * xc, 1), 0) / WIDTH + EPS)
-    ya = modulate_third(xa * inverse, shift, scale, 0, STEP, WIDTH)
-    yb = modulate_third(xb * inverse, shift, scale, B, STEP, WIDTH)
-    yc = modulate_third(xc * inverse, shift, scale, C, STEP, WIDTH)
-    code = 1.0
-    if LARGEST:
-        largest = tl.maximum(tl.maximum(magnitudes(ya), magnitudes(yb)), magnitudes(yc))
-        row_scale = scale_of(tl.max(tl.max(largest, 1), 0), LARGEST)
-        code = 1.0 / row_scale
-        tl.store(out_scale + row, row_scale)
-    write_third(out, ya, code, 0, STEP, WIDTH, LARGEST)
-    write_third(out, yb, code, B, STEP, WIDTH, LARGEST)
-    write_third(out, yc, code, C, STEP, WIDTH, LARGEST)
+    shift += tl.where(row < first_tokens, 1, 0) * vector_stride
+    scale += tl.where(row < first_tokens, 1, 0) * vector_stride
+    a, b, c = read_row(x, row, x_stride, STEP, WIDTH)
+    a, b, c = normed(a, b, c, STEP, WIDTH)
+    fa, fb, fc, sa, sb, sc = read_vectors(shift, scale, STEP, WIDTH)
+    a, b, c = a * fa + sa, b * fb + sb, c * fc + sc
+    write_row(out, out_scale, row, out_stride, a, b, c, STEP, WIDTH, LARGEST)
 
 
 @triton.jit(do_not_specialize=["first_tokens"])
@@ -204,13 +228,13 @@ def write_tile(pointer, values, inverse, START: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def rows_kernel(
-    first, second, out, out_scale, known, first_stride, second_stride, out_stride,
+    first, second, out, out_scale, first_stride, second_stride, out_stride,
     FIRST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    GELU: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr,
+    GELU: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Row of `first` (tiles A, B), then row of `second` (tiles C, D) through GELU or not, as one row of `out`.
 
-    LARGEST 0: no codes. KNOWN: the rows' largest magnitudes are in `known`, as bits.
+    LARGEST 0: no codes.
     """
     row = tl.program_id(0)
     first += row.to(tl.int64) * first_stride
@@ -225,16 +249,13 @@ def rows_kernel(
         vd = read_tile(second, C, SECOND, D, GELU)
     inverse = 1.0
     if LARGEST:
-        if KNOWN:
-            largest = tl.load(known + row)
-        else:
-            largest = magnitude(vc)
-            if D:
-                largest = tl.maximum(largest, magnitude(vd))
-            if A:
-                largest = tl.maximum(largest, magnitude(va))
-            if B:
-                largest = tl.maximum(largest, magnitude(vb))
+        largest = magnitude(vc)
+        if D:
+            largest = tl.maximum(largest, magnitude(vd))
+        if A:
+            largest = tl.maximum(largest, magnitude(va))
+        if B:
+            largest = tl.maximum(largest, magnitude(vb))
         row_scale = scale_of(largest, LARGEST)
         inverse = 1.0 / row_scale
         tl.store(out_scale + row, row_scale)
@@ -260,13 +281,13 @@ def warps(width: int) -> int:
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, out: Tensor) -> None:
     """As `modulate.layer_norm_modulate_into`."""
-    launch_modulate(x, shift, scale, first_tokens, out, None)
+    launch_modulate(x, shift, scale, first_tokens, out, None, warps(x.shape[1]))
 
 
 def layer_norm_modulate_codes(x: Tensor, shift: Tensor, scale: Tensor, first_tokens: int, dtype: torch.dtype) -> Codes:
     """As `row_codes.layer_norm_modulate_codes`."""
     made = Codes.empty(len(x), x.shape[1], dtype, x.device)
-    launch_modulate(x, shift, scale, first_tokens, made.codes, made.scale)
+    launch_modulate(x, shift, scale, first_tokens, made.codes, made.scale, min(warps(x.shape[1]), 2))
     return made
 
 
@@ -277,10 +298,9 @@ def launch_modulate(
     first_tokens: int,
     out: Tensor,
     out_scale: Tensor | None,
-    num_warps: int | None = None,
+    num_warps: int,
 ) -> None:
     rows, width = x.shape
-    num_warps = num_warps or (1 if out_scale is None else 2) * warps(width)  # codes: 8 warps took 0.6 of 2's time
     check_rows(x, shift, scale, out)
     if shift.stride(0) != scale.stride(0):
         shift, scale = shift.contiguous(), scale.contiguous()
@@ -325,21 +345,7 @@ def gelu_codes(hidden: Tensor, dtype: torch.dtype, beside: Tensor | None = None)
     return made
 
 
-def codes_of_known(x: Tensor, known: Tensor, dtype: torch.dtype) -> Codes:
-    """Codes of rows whose largest magnitudes are known: [rows] int32, the bits of float32 numbers."""
-    made = Codes.empty(len(x), x.shape[1], dtype, x.device)
-    launch_rows(None, x, made.codes, made.scale, known=known)
-    return made
-
-
-def launch_rows(
-    first: Tensor | None,
-    second: Tensor,
-    out: Tensor,
-    scale: Tensor | None,
-    gelu: bool = False,
-    known: Tensor | None = None,
-) -> None:
+def launch_rows(first: Tensor | None, second: Tensor, out: Tensor, scale: Tensor | None, gelu: bool = False) -> None:
     rows, width = second.shape
     before = 0 if first is None else first.shape[1]
     assert out.shape == (rows, before + width)
@@ -348,10 +354,9 @@ def launch_rows(
     (a, b), (c, d) = tiles(before), tiles(width)
     with on_device(second):
         rows_kernel[(rows,)](
-            first, second, out, out if scale is None else scale, out if known is None else known,
-            first.stride(0), second.stride(0), out.stride(0),
+            first, second, out, out if scale is None else scale, first.stride(0), second.stride(0), out.stride(0),
             FIRST=before, A=a, B=b, SECOND=width, C=c, D=d, GELU=gelu,
-            LARGEST=0 if scale is None else int(LARGEST[out.dtype]), KNOWN=known is not None, num_warps=warps(width),
+            LARGEST=0 if scale is None else int(LARGEST[out.dtype]), num_warps=warps(width),
         )  # fmt: skip
 
 

@@ -140,15 +140,6 @@ def product(dtype: torch.dtype) -> Callable[[Ops, Inputs], Tensor]:
     return run
 
 
-def product_gelu(dtype: torch.dtype) -> Callable[[Ops, Inputs], Tensor]:
-    def run(ops: Ops, make: Inputs) -> Tensor:
-        hidden = make.sizes.hidden
-        weight = make.weight(make.sizes.mlp, hidden, dtype)
-        return values(ops.linear_gelu_codes(make.codes(hidden, dtype), weight, make.dtype))
-
-    return run
-
-
 def product_gated(dtype: torch.dtype) -> Callable[[Ops, Inputs], Tensor]:
     def run(ops: Ops, make: Inputs) -> Tensor:
         into = make.sizes.hidden + make.sizes.mlp
@@ -182,7 +173,6 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"gelu, to {name}", Case("gelu_codes", activated_codes(dtype, False), dtype, True)
         yield f"attended and gelu, to {name}", Case("gelu_codes", activated_codes(dtype, True), dtype, True)
         yield f"{name} product", Case("linear", product(dtype), dtype)
-        yield f"{name} product, gelu, to {name}", Case("linear_gelu_codes", product_gelu(dtype), dtype, True)
         yield f"{name} product, gated residual", Case("linear_gated_residual_", product_gated(dtype), dtype)
 
 

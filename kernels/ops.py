@@ -36,7 +36,6 @@ class Ops:
     layer_norm_modulate_codes: Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Codes]
     gelu_codes: Callable[[Tensor, torch.dtype, Tensor | None], Codes]
     linear: Callable[[Codes, OpenWeight, torch.dtype], Tensor]
-    linear_gelu_codes: Callable[[Codes, OpenWeight, torch.dtype], Codes]
     linear_gated_residual_: Callable[[Tensor, Codes, OpenWeight, Tensor, int], None]
 
 
@@ -49,7 +48,6 @@ PLAIN = Ops(
     layer_norm_modulate_codes=row_codes.layer_norm_modulate_codes,
     gelu_codes=row_codes.gelu_codes,
     linear=row_codes.linear,
-    linear_gelu_codes=row_codes.linear_gelu_codes,
     linear_gated_residual_=row_codes.linear_gated_residual_,
 )
 
@@ -69,7 +67,6 @@ def fused() -> Ops:
         layer_norm_modulate_codes=fused_rows.layer_norm_modulate_codes,
         gelu_codes=fused_rows.gelu_codes,
         linear=fused_gemm.linear,
-        linear_gelu_codes=fused_gemm.linear_gelu_codes,
         linear_gated_residual_=fused_gemm.linear_gated_residual_,
     )
 

@@ -70,11 +70,6 @@ def linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
     return torch_linear(x, weight, dtype)
 
 
-def linear_gelu_codes(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Codes:
-    """GELU of `linear`, as codes again; between the two it is in `dtype`."""
-    return gelu_codes(linear(x, weight, dtype), x.codes.dtype)
-
-
 def linear_gated_residual_(residual: Tensor, x: Codes, weight: OpenWeight, gate: Tensor, first_tokens: int = 0) -> None:
     """residual [rows, out] += gate * linear; the first-frame rule is that of `gated_residual_`."""
     for rows in product_parts(*residual.shape):

@@ -34,9 +34,10 @@ CODES = {"int8": torch.int8, "fp8": FP8}
 
 LARGEST = {torch.int8: 127.0, FP8: 448.0}
 
-LIBRARY = {("linear", FP8, 9), ("linear_gelu_codes", FP8, 9)}
-"""Op, codes and major compute capability of the cards on which torch's library multiplies faster than our kernel; GELU
-is then a pass of its own. Everything else is ours: `_int_mm` and its passes are no faster than 16 bits on an H100."""
+LIBRARY = {("linear", FP8, 9)}
+"""Op, codes and major compute capability of the cards on which torch's library multiplies faster than our kernel, with
+its fast sums, which are as exact as our kernel's. Everything else is ours: `_int_mm` and its passes are no faster than
+16 bits on an H100."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,16 @@ def quantize_tokens(x: Tensor, scale: Tensor, codes: Tensor) -> None:
         del values  # before the next are made
 
 
-def torch_linear(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:
+def torch_linear(x: Codes, weight: OpenWeight, dtype: torch.dtype, fast: bool = False) -> Tensor:
     """[rows, out] in `dtype`, by torch: `_int_mm` for int8; for e4m3 `_scaled_mm` on a GPU, float32 products on a CPU
-    and for float32 results."""
+    and for float32 results. fast: `_scaled_mm` may add with the few bits of Hopper's tensor cores."""
     if x.codes.dtype == torch.int8:
         result = torch.empty(len(x.codes), len(weight.codes), dtype=dtype, device=x.codes.device)
         for rows in product_parts(len(result), result.shape[1]):
             _finish(_int8_sums(x.part(rows), weight), weight, result[rows])
         return result
     if x.codes.is_cuda and dtype != torch.float32:
-        return _scaled_mm(x, weight).to(dtype)
+        return _scaled_mm(x, weight, fast).to(dtype)
     return _fp8_in_float32(x, weight, dtype)
 
 
@@ -165,11 +166,12 @@ def cpu_product_is_exact() -> bool:
     return torch.equal(product, (both.double() @ both.double().t()).int())
 
 
-def _scaled_mm(x: Codes, weight: OpenWeight) -> Tensor:
+def _scaled_mm(x: Codes, weight: OpenWeight, fast: bool) -> Tensor:
     """With a scale a row, which gives bfloat16."""
     bias = None if weight.bias is None else weight.bias.to(torch.bfloat16)
     columns, scale = weight.codes.t(), x.scale[:, None]
-    return torch._scaled_mm(x.codes, columns, scale, weight.scale, bias=bias, out_dtype=torch.bfloat16)
+    given = x.codes, columns, scale, weight.scale
+    return torch._scaled_mm(*given, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def _fp8_in_float32(x: Codes, weight: OpenWeight, dtype: torch.dtype) -> Tensor:

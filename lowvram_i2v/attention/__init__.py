@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from inspect import signature
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from lowvram_i2v.errors import PlatformError, RequestError
 
@@ -25,6 +26,12 @@ class AttentionBackend(Protocol):
     """softmax(q k^T / sqrt(dim)) v: q, k, v and the result are [tokens, heads, dim]."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class WritingBackend(Protocol):
+    """One that can write its result where it is told: `out`, which may be q."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ BACKENDS = {
     "sage": "lowvram_i2v.attention.sage",
     "flash": "lowvram_i2v.attention.flash",
 }
+WRITING = ("triton", "triton-int8", "triton-sparse")
+"""Backends that take `out`: they need no memory for their result where it goes over q."""
 PACKAGES = {"triton": "triton", "triton-int8": "triton", "sage": "sageattention", "flash": "flash_attn"}
 """What a backend imports beside torch. triton-sparse needs Triton on CUDA only."""
 
@@ -70,6 +79,18 @@ def get(name: str) -> AttentionBackend:
         )
     backend: AttentionBackend = import_module(BACKENDS[name]).attend
     return backend
+
+
+def writes(attend: AttentionBackend) -> TypeGuard[WritingBackend]:
+    """Whether a backend takes `out`."""
+    return "out" in signature(attend).parameters
+
+
+def attend_over(attend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """attend(q, k, v) takes the place of q; without a copy where the backend takes `out`."""
+    made = attend(q, k, v, out=q) if writes(attend) else attend(q, k, v)
+    if made is not q:
+        q.copy_(made)
 
 
 def by_layout(name: str, sparse_density: float, sparse_after: float) -> ByLayout | None:

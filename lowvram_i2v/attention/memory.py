@@ -6,7 +6,7 @@ an estimate from how it works: 8-bit queries and keys, centred keys and values i
 
 from __future__ import annotations
 
-from lowvram_i2v.kernels.attention_cut import code_bytes, cut_sequence, sparse_bytes
+from lowvram_i2v.kernels.attention_cut import code_bytes, cut_sequence, means_bytes, sparse_bytes
 
 FLOAT32, INDEX = 4, 8
 SAGE_BYTES = 6
@@ -38,6 +38,15 @@ def extra_bytes(
         cut = cut_sequence(tokens, first_tokens, image_tokens, density)
         return max(sparse_bytes(cut, heads, dim, value), code_bytes(tokens, heads, dim, value))
     return 0
+
+
+def gap_bytes(
+    first_tokens: int, image_tokens: int, text_tokens: int, heads: int, dim: int, *, density: float = 1.0
+) -> int:
+    """Bytes that a call of "triton-sparse" has given back when it allocates most, at places too small for what comes
+    then: the allocator has reserved them beside `extra_bytes`."""
+    cut = cut_sequence(image_tokens + text_tokens, first_tokens, image_tokens, density)
+    return means_bytes(cut, heads, dim)
 
 
 def order_bytes(image_tokens: int, patch: int, in_channels: int) -> int:

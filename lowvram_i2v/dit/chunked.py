@@ -27,7 +27,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lowvram_i2v.attention import AttentionBackend
+from lowvram_i2v.attention import AttentionBackend, attend_over
 from lowvram_i2v.dit.blocks import DoubleBlock, HeadNorm, Rope, SingleBlock
 from lowvram_i2v.dit.conditioning import StreamModulation
 from lowvram_i2v.dit.embedders import Mlp, PatchEmbedder
@@ -45,7 +45,6 @@ OPS = (
     "layer_norm_modulate_codes",
     "gelu_codes",
     "linear",
-    "linear_gelu_codes",
     "linear_gated_residual_",
 )
 """The ops of the table that are used here: what has to be trusted on a card."""
@@ -110,8 +109,6 @@ class Prediction:
 
     def activated(self, layer: Opened, rows: Rows, reader: Opened) -> Rows:
         """GELU(layer(rows))."""
-        if isinstance(rows, Codes) and layer.codes == reader.codes:
-            return self.ops.linear_gelu_codes(rows, layer.stored, layer.dtype)
         inner = self.product(layer, rows)
         if reader.codes is not None:
             return self.ops.gelu_codes(inner, reader.codes, None)
@@ -221,7 +218,7 @@ def _attend(run: Prediction) -> None:
     """Sweep 2: the result takes the place of q, which no other head reads."""
     groups = (torch.split(x, run.work.chunking.heads, dim=1) for x in (run.q, run.k, run.v))
     for q, k, v in zip(*groups, strict=True):
-        q.copy_(run.attend(q, k, v))
+        attend_over(run.attend, q, k, v)
 
 
 def _finish_double(

@@ -78,11 +78,13 @@ def activation_bytes(
     compute: str,
     element: int,
     attention: int = 0,
+    attention_writes: bool = False,
 ) -> int:
     """Peak bytes that a prediction has allocated beside weights, slots and inputs, its workspace among them.
 
     scheme, compute: how the blocks' linear layers are stored (None: unquantized) and multiplied, all alike. element:
     bytes of a value of the activations, 2 or 4. attention: what one call of the backend allocates beside its result.
+    attention_writes: the result goes over q, see `attention.WRITING`.
     """
     hidden, inner, tokens = config.hidden_size, config.mlp_hidden, image_tokens + text_tokens
     rows, double_rows = (min(chunking.rows, longest) for longest in (tokens, max(image_tokens, text_tokens)))
@@ -100,7 +102,7 @@ def activation_bytes(
     rotation = FLOAT32 * (rows * 2 * (hidden + config.heads) + min(rows, image_tokens) * config.head_dim)
     placing = rows * 3 * hidden * element + rotation  # copies, factors, angles
     project = sweep(max(chunk.norm(rows), chunk.qkv(rows), placing), qkv)
-    attend = tokens * chunking.heads * config.head_dim * element + attention
+    attend = attention + (0 if attention_writes else tokens * chunking.heads * config.head_dim * element)
     double = sweep(max(chunk.norm(double_rows), chunk.double(double_rows)), square, up, down)
     single = sweep(max(chunk.norm(rows), chunk.single(rows)), up, joined)
 

@@ -60,7 +60,6 @@ def calls(codes: torch.dtype | None) -> dict[str, Any]:
         "gelu": lambda o: o.gelu_codes(empty(ROWS, MLP), codes, None),
         "attended and gelu": lambda o: o.gelu_codes(empty(ROWS, MLP), codes, x),
         "product": lambda o: o.linear(read, weight(3 * HIDDEN, HIDDEN, codes), torch.bfloat16),
-        "product, gelu": lambda o: o.linear_gelu_codes(read, weight(MLP, HIDDEN, codes), torch.bfloat16),
         "product, gated": lambda o: o.linear_gated_residual_(x, read, weight(HIDDEN, HIDDEN, codes), vectors, 9),
     }
 

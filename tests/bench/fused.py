@@ -1,16 +1,21 @@
 """The fused ops on this card, timed beside torch's: `python tests/bench/fused.py`. Under 60 s on an H100; `--quick`,
-with products of 4096 rows by the tiles in use only, under 35 s.
+with products of 4096 rows only, under 45 s.
 
 Prints three tables: element-wise ops beside a copy of as many bytes; 8-bit products at the model's shapes, with what
 follows them in the model, beside `_scaled_mm` and `_int_mm` and the same as passes of their own, for several tiles (a
 tile's name is its line in `fused_gemm.TILES`); and whole blocks in chunks, in 16 and in 8 bits. Kernels are compiled
 first, by one process for each core. Errors: `lowvram-i2v check-kernels`.
+
+Times are those of CUDA graphs: of the device alone, however slow the host launches. What launching takes the host
+stands beside (a host that is slower than the device showed 0.40 of the bandwidth where 0.93 were right). Plain torch is
+timed with its host, as it would run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -49,10 +54,9 @@ HIDDEN, MLP, HEADS, DIM = 3072, 12288, 24, 128
 FIRST = 1024
 TILES = {
     9: [
-        Tile(128, 256, 128, 8, 3),
         Tile(128, 256, 128, 8, 4),
         Tile(256, 128, 128, 8, 3),
-        Tile(128, 128, 128, 8, 4),
+        Tile(128, 128, 128, 4, 3),
     ]
 }
 SMALL = [
@@ -63,11 +67,13 @@ SMALL = [
     Tile(256, 128, 64, 8, 3),
 ]
 """For cards with 99 KB of shared memory."""
+NORMS = [1, 2, 4]
+"""Warps of a program of norm and modulate to int8."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A product of the model: columns, depth, and what `product_kernel` does after it."""
+    """A product of the model: columns, depth, and what comes after it."""
 
     name: str
     columns: int
@@ -95,15 +101,45 @@ def tile_in_use(dtype: torch.dtype) -> Tile:
     return fused_gemm.tile_for(dtype, torch.cuda.get_device_capability()[0])
 
 
-def tiles_of(dtype: torch.dtype, quick: bool) -> list[Tile]:
-    return [tile_in_use(dtype)] if quick else tiles()
-
-
-def milliseconds(call: Callable[[], object], rep: int = 30) -> float:
-    """Median of a call, with cold caches; rep: milliseconds of calls."""
+def milliseconds(call: Callable[[], object], rep: int = 30, calls: int = 1) -> tuple[float, float]:
+    """Median and least time of a call on the device. rep: milliseconds of calls. calls: in a row, with cold caches
+    before the first; as much memory as several of them touch makes the others cold, too."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=8, rep=rep, return_mode="median"))
+    call()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+        replay: Callable[[], object] = graph.replay
+    except RuntimeError as error:
+        print(f"the next line is timed with its host: {str(error)[:100]!r}", flush=True)
+        replay, calls = call, 1
+    times = do_bench(replay, warmup=8, rep=rep, return_mode="all")
+    return statistics.median(times) / calls, min(times) / calls
+
+
+def median(call: Callable[[], object], rep: int = 30) -> float:
+    return milliseconds(call, rep)[0]
+
+
+def with_host(call: Callable[[], object]) -> float:
+    """Median time of a call as the host launches it."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=8, rep=30, return_mode="median"))
+
+
+def launching(call: Callable[[], object]) -> float:
+    """Milliseconds that the host takes to launch a call: the device has a queue and is not waited for."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(30):
+        call()
+    took = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e3 * took / 30
 
 
 def row(*cells: object) -> None:
@@ -117,15 +153,12 @@ def head(*cells: str) -> None:
     row(*["---"] * len(cells))
 
 
-def units(quick: bool) -> list[str]:
+def units() -> list[str]:
     """What has to be compiled: ops, and tiles with what follows."""
     found = [f"case:{name}" for name, case in CASES.items() if case.codes in (None, *dtypes())]
+    found += [f"norm:{n}" for n in range(len(NORMS))]
     return [
-        f"{NAMES[dtype]}:{n}:{then}"
-        for dtype in dtypes()
-        for n, tile in enumerate(tiles())
-        if tile in tiles_of(dtype, quick)
-        for then in ("", "gelu", "gated")
+        f"{NAMES[dtype]}:{n}:{then}" for dtype in dtypes() for n in range(len(tiles())) for then in ("", "gated")
     ] + found
 
 
@@ -134,6 +167,9 @@ def compile_one(unit: str) -> None:
     kind, _, name = unit.partition(":")
     if kind == "case":
         CASES[name].run(FUSED, Inputs(Sizes(256, 16), CUDA, BF16))
+    elif kind == "norm":
+        make = Inputs(Sizes(256, 16), CUDA, BF16)
+        norm_by(int(name), make.normal(256, HIDDEN), make.vectors(), Codes.empty(256, HIDDEN, INT8, CUDA))
     else:
         dtype, (number, then) = (INT8, FP8)[kind == "fp8"], name.split(":")
         shape = next(shape for shape in SHAPES if shape.then == then)
@@ -141,8 +177,8 @@ def compile_one(unit: str) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(quick: bool) -> None:
-    start, waiting = time.perf_counter(), units(quick)
+def compile_all() -> None:
+    start, waiting = time.perf_counter(), units()
     cores = os.cpu_count() or 2
     running = [
         subprocess.Popen([sys.executable, __file__, "--compile", *waiting[n::cores]], text=True) for n in range(cores)
@@ -159,8 +195,9 @@ def elementwise(rows: int) -> None:
     qkv, weight = make.normal(rows, 3 * HIDDEN), make.normal32(DIM)
     rope = (make.normal32(rows - 300, DIM // 2), make.normal32(rows - 300, DIM // 2))
     outs = torch.empty(3, rows, HEADS, DIM, dtype=BF16, device=CUDA).unbind()
-    copied = milliseconds(lambda: hidden.clone())
-    bandwidth = 2 * hidden.nbytes / copied / 1e6
+    copy = torch.empty_like(hidden)
+    copied = milliseconds(lambda: copy.copy_(hidden), 60, 4)
+    bandwidth = 2 * hidden.nbytes / copied[0] / 1e6
     short, long = x.nbytes, hidden.nbytes
     calls: list[tuple[str, int, Callable[[ops.Ops], object]]] = [
         ("norm, modulate", 2 * short, lambda o: o.layer_norm_modulate(x, vectors, vectors, FIRST, out)),
@@ -181,19 +218,24 @@ def elementwise(rows: int) -> None:
                 partial(codes_of, "gelu_codes", hidden, dtype, x),
             ),
         ]
-    head(f"op, {rows} rows", "ms", "of the copy's bandwidth", "plain torch, ms")
-    row("copy", copied, f"1.00 ({bandwidth:.0f} GB/s)", "")
+    head(f"op, {rows} rows", "ms (least)", "of the copy's bandwidth", "launching, ms", "plain torch with its host, ms")
+    row("copy", f"{copied[0]:.3g} ({copied[1]:.3g})", f"1.00 ({bandwidth:.0f} GB/s)", "", "")
     for name, moved, call in calls:
-        took = milliseconds(partial(call, FUSED))
-        row(name, took, moved / took / 1e6 / bandwidth, milliseconds(partial(call, PLAIN)))
+        run = partial(call, FUSED)
+        took, least = milliseconds(run, 60, 4)
+        share = moved / took / 1e6 / bandwidth
+        row(name, f"{took:.3g} ({least:.3g})", share, launching(run), with_host(partial(call, PLAIN)))
     made = Codes.empty(rows, HIDDEN, INT8, CUDA)
-    norm = partial(fused_rows.launch_modulate, x, vectors, vectors, FIRST)
-    for name, moved, given, warps in (
-        ("norm, modulate", 2 * short, (out, None), 2),
-        *(("norm, modulate, to int8", short * 3 // 2, (made.codes, made.scale), n) for n in (2, 4, 8)),
-    ):
-        took = milliseconds(partial(norm, *given, num_warps=warps))
-        row(f"{name}, by {warps} warps", took, moved / took / 1e6 / bandwidth, "")
+    for n, warps in enumerate(NORMS):
+        took, least = milliseconds(partial(norm_by, n, x, vectors, made), 60, 4)
+        share = 1.5 * short / took / 1e6 / bandwidth
+        row(f"norm, modulate, to int8: {warps} warps", f"{took:.3g} ({least:.3g})", share, "", "")
+    again = milliseconds(lambda: copy.copy_(hidden), 60, 4)[0]
+    row("copy again", again, copied[0] / again, "", "")
+
+
+def norm_by(number: int, x: Tensor, vectors: Tensor, made: Codes) -> None:
+    fused_rows.launch_modulate(x, vectors, vectors, FIRST, made.codes, made.scale, NORMS[number])
 
 
 def codes_of(op: str, *given: object) -> Codes:
@@ -210,17 +252,21 @@ class Product:
         self.dtype, self.then = dtype, shape.then
         self.x, self.weight = make.codes(shape.depth, dtype), make.weight(shape.columns, shape.depth, dtype)
         self.out = torch.empty(rows, shape.columns, dtype=BF16, device=CUDA)
-        self.largest = torch.zeros(rows, dtype=torch.int32, device=CUDA)
         self.residual, self.gate = make.normal(rows, HIDDEN), make.vectors()
 
     def by_kernel(self, tile: Tile) -> object:
         run = partial(fused_gemm.launch, self.x, self.weight, tile=tile)
         if self.then == "gated":
-            return run(self.residual, "gated", gate=self.gate, first_tokens=FIRST)
-        if self.then == "gelu":
-            run(self.out, "gelu", largest=self.largest.zero_())
-            return fused_rows.codes_of_known(self.out, self.largest, self.dtype)
-        return run(self.out)
+            return run(self.residual, gate=self.gate, first_tokens=FIRST)
+        run(self.out)
+        return fused_rows.gelu_codes(self.out, self.dtype) if self.then == "gelu" else self.out
+
+    def in_use(self) -> object:
+        """As the model does it on this card."""
+        if self.then == "gated":
+            return FUSED.linear_gated_residual_(self.residual, self.x, self.weight, self.gate, FIRST)
+        made = FUSED.linear(self.x, self.weight, BF16)
+        return FUSED.gelu_codes(made, self.dtype, None) if self.then == "gelu" else made
 
     def by_library(self) -> Tensor:
         """With scales and bias: two more passes of an int8 product, in place."""
@@ -250,7 +296,7 @@ class Product:
         return float((made[few].float() - exact).norm() / exact.norm())
 
 
-def products(shape: Shape, rows: int, quick: bool) -> None:
+def products(shape: Shape, rows: int) -> None:
     head(
         f"{shape.name}: [{rows}, {shape.depth}] x [{shape.columns}, {shape.depth}]",
         "TFLOP/s",
@@ -261,15 +307,16 @@ def products(shape: Shape, rows: int, quick: bool) -> None:
     work = 2e-9 * rows * shape.columns * shape.depth
     make = Inputs(Sizes(rows, FIRST), CUDA, BF16)
     x, w = make.normal(rows, shape.depth), make.normal(shape.columns, shape.depth)
-    row("bf16 cuBLAS, alone", work / milliseconds(lambda: F.linear(x, w)), "", "", "")
+    row("bf16 cuBLAS, alone", work / median(lambda: F.linear(x, w)), "", "", "")
     for dtype in dtypes():
         product = Product(shape, rows, dtype)
-        alone, passes = milliseconds(product.alone), milliseconds(product.in_passes)
+        median(product.in_use, 60)  # until the clocks are what they stay at
+        alone, passes, used = (median(call) for call in (product.alone, product.in_passes, product.in_use))
         library = "_int_mm" if dtype == INT8 else "_scaled_mm"
         row(f"{library}, alone", work / alone, 1.0, passes / alone, "")
         row(f"{library}, then passes", work / passes, alone / passes, 1.0, product.off(product.by_library()))
         if dtype == FP8:
-            fast = milliseconds(partial(product.alone, True))
+            fast = median(partial(product.alone, True))
             row(
                 f"{library}, fast accumulation",
                 work / fast,
@@ -277,12 +324,13 @@ def products(shape: Shape, rows: int, quick: bool) -> None:
                 passes / fast,
                 product.off(product.alone(True)),
             )
-        for tile in tiles_of(dtype, quick):
+        row(f"{NAMES[dtype]} as chosen for this card", work / used, alone / used, passes / used, "")
+        for tile in tiles():
             run = partial(product.by_kernel, tile)
             name = f"{NAMES[dtype]} {tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
             name += " (in use)" * (tile == tile_in_use(dtype))
             try:
-                took = milliseconds(run)
+                took = median(run)
             except Exception as error:  # noqa: BLE001
                 row(name, type(error).__name__, str(error)[:80], "", "")
                 continue
@@ -296,35 +344,36 @@ def blocks() -> None:
     inputs = random_inputs(config, **settings, device=CUDA, dtype=BF16)
     tokens = len(inputs.rope[0])
     head(f"block without attention, {tokens} + 300 tokens", "double, ms", "single, ms", "20 and 40, s")
-    apart = replace(
-        FUSED, linear_gelu_codes=lambda x, w, to: FUSED.gelu_codes(FUSED.linear(x, w, to), x.codes.dtype, None)
-    )
     kept = w8a8.LIBRARY
     for scheme in [NAMES[dtype] for dtype in dtypes()]:
         model = random_model(config)
         quantize_blocks(model, scheme)
         ways = [
-            ("w8a16, plain torch", "w8a16", PLAIN, kept),
-            ("w8a16, fused ops", "w8a16", FUSED, kept),
-            ("w8a8, plain torch", "w8a8", PLAIN, kept),
-            ("w8a8, fused, as chosen for this card", "w8a8", FUSED, kept),
-            ("w8a8, fused, all products ours", "w8a8", FUSED, set()),
-            ("w8a8, fused, all products ours, GELU a pass of its own", "w8a8", apart, set()),
+            ("w8a16, plain torch", "w8a16", PLAIN, kept, 4096),
+            ("w8a16, fused ops", "w8a16", FUSED, kept, 4096),
+            ("w8a8, fused, as chosen for this card", "w8a8", FUSED, kept, 4096),
+            ("the same, chunks of 2816", "w8a8", FUSED, kept, 2816),
+            ("the same, chunks of 5632", "w8a8", FUSED, kept, 5632),
+            ("w8a8, fused, all products ours", "w8a8", FUSED, set(), 4096),
         ]
-        for name, compute, table, library in ways:
+        for name, compute, table, library, rows in ways:
             set_compute(model, compute)
             w8a8.LIBRARY = library
-            work = Workspace(config, tokens, 300, Chunking(4096, HEADS), CUDA, BF16, table)
+            work = Workspace(config, tokens, 300, Chunking(rows, HEADS), CUDA, BF16, table)
             double, single = block_times(model, work, inputs)
             row(f"{scheme} {name}", double, single, (20 * double + 40 * single) / 1e3)
         w8a8.LIBRARY = kept
     q, k, v = torch.randn(3, tokens + 300, HEADS, DIM, device=CUDA, dtype=BF16)
-    row("torch's attention, alone", *2 * [took := milliseconds(lambda: sdpa(q, k, v))], 60 * took / 1e3)
+    row("torch's attention, alone", *2 * [took := median(lambda: sdpa(q, k, v))], 60 * took / 1e3)
+
+
+def no_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+    return q if out is None else out
 
 
 def random_model(config: TransformerConfig) -> HunyuanVideoTransformer:
     with CUDA:
-        model = HunyuanVideoTransformer(config, lambda q, k, v: v).to(BF16).eval().requires_grad_(False)
+        model = HunyuanVideoTransformer(config, no_attention).to(BF16).eval().requires_grad_(False)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model
@@ -336,15 +385,15 @@ def block_times(model: HunyuanVideoTransformer, work: Workspace, inputs: StepInp
     run = chunked.begin(work, model.img_in, inputs.latents, step.txt, first, inputs.rope, model.attend)
     blocks, double, single = list(model.blocks().values()), next(iter(step.double())), next(iter(step.single()))
     return (
-        milliseconds(lambda: chunked.double_block(blocks[0], run, double), 100),
-        milliseconds(lambda: chunked.single_block(blocks[1], run, single), 100),
+        median(lambda: chunked.double_block(blocks[0], run, double), 100),
+        median(lambda: chunked.single_block(blocks[1], run, single), 100),
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", nargs="*", help="ops and tiles; used by this program itself")
-    parser.add_argument("--quick", action="store_true", help="products of 4096 rows by the tiles in use only")
+    parser.add_argument("--quick", action="store_true", help="products of 4096 rows only")
     options = parser.parse_args()
     if options.compile is not None:
         for unit in options.compile:
@@ -357,11 +406,11 @@ def main() -> None:
 
     start = time.perf_counter()
     print(f"{describe(CUDA)}, torch {torch.__version__}, Triton {triton.__version__}")
-    compile_all(options.quick)
+    compile_all()
     elementwise(34192)
     for shape in SHAPES:
         for rows in (4096,) if options.quick else (4096, 8192):
-            products(shape, rows, options.quick)
+            products(shape, rows)
     blocks()
     print(f"\n{time.perf_counter() - start:.0f} s")
 

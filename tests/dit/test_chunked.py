@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from tiny_models import model_once as model_once
 from tiny_models import released_once as released_once
 
 from goldens import golden, names, relative_l2, transformer_config, transformer_weights
+from lowvram_i2v import attention
+from lowvram_i2v.attention import sdpa
 from lowvram_i2v.checkpoint import open_model
 from lowvram_i2v.dit.conditioning import is_conditioning
 from lowvram_i2v.dit.config import TransformerConfig
@@ -134,6 +137,35 @@ def test_guidance_uses_one_workspace_for_both_prompts() -> None:
     chunked = GuidedVelocity(model, short.steps, long.steps, 3.0, short.rope, work=work)
     with torch.inference_mode():
         assert distance(chunked(short.latents, 0), plain(short.latents, 0)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@torch.no_grad()
+def test_a_backend_that_takes_out_writes_over_the_queries(heads: int) -> None:
+    """Or makes a result of its own all the same: bit for bit what one gives that does not take it."""
+    model, told = small_model(False), []
+    inputs = small_inputs(model, size=(64, 32), frames=9, text_tokens=5)
+    work = workspace(model.config, len(inputs.rope[0]), 5, rows=10, heads=heads)
+
+    def there(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        told.append(out is q)
+        return q.copy_(sdpa.attend(q, k, v))
+
+    def elsewhere(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return sdpa.attend(q, k, v)
+
+    arguments = inputs.latents, inputs.steps[0], inputs.rope, None, work
+    expected = model.predict(*arguments, sdpa.attend)
+    assert_same([model.predict(*arguments, backend) for backend in (there, elsewhere)], [expected] * 2)
+    assert told == [True] * (len(model.blocks()) * 3 // heads)
+
+
+@pytest.mark.parametrize("name", attention.BACKENDS)
+def test_the_planner_knows_which_backends_take_out(name: str) -> None:
+    if attention.PACKAGES.get(name) == "triton":
+        pytest.importorskip("triton")
+    backend = import_module(attention.BACKENDS[name])
+    assert attention.writes(backend.attend) == (name in attention.WRITING)
 
 
 @pytest.mark.parametrize("heads", [0, 2, 4])

@@ -102,7 +102,7 @@ def test_nothing_between_layers_is_in_16_bits_but_what_must_be(scheme: str) -> N
     set_compute(model, "w8a8")
     predict(model, given, 1000, counting(PLAIN, calls))
     project = ["layer_norm_modulate_codes", "linear", "qkv_norm_rope"]
-    finish = ["row_codes", "linear_gated_residual_", "layer_norm_modulate_codes", "linear_gelu_codes"]
+    finish = ["row_codes", "linear_gated_residual_", "layer_norm_modulate_codes", "linear", "gelu_codes"]
     double = 2 * project + 2 * [*finish, "linear_gated_residual_"]
     single = [*project, "layer_norm_modulate_codes", "linear", "gelu_codes", "linear_gated_residual_"]
     assert calls == CONFIG.double_blocks * double + CONFIG.single_blocks * single + ["layer_norm_modulate"]

@@ -11,6 +11,7 @@ from step_inputs import random_inputs
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from lowvram_i2v.attention import AttentionBackend
 from lowvram_i2v.dit.conditioning import is_conditioning
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
@@ -102,6 +103,16 @@ def test_in_pieces_as_at_full_size(scheme: str, text_tokens: int, monkeypatch: p
     assert stated == pytest.approx(measured, rel=0.01)
 
 
+def test_a_backend_that_writes_over_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def there(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        return q.zero_()
+
+    arguments = (128, 96), 9, 33, Chunking(8, 2), None, "w8a16", monkeypatch
+    stated, measured = peaks(*arguments, there)
+    assert stated == pytest.approx(measured, rel=0.005)
+    assert stated < 0.9 * peaks(*arguments)[0]
+
+
 @torch.inference_mode()
 def peaks(
     size: tuple[int, int],
@@ -111,6 +122,7 @@ def peaks(
     scheme: str | None,
     compute: str,
     monkeypatch: pytest.MonkeyPatch,
+    attend: AttentionBackend | None = None,
 ) -> tuple[int, int]:
     """Bytes stated, and measured with a CPU's product of fp8 replaced by one that makes no copies, as on a GPU."""
     monkeypatch.setattr(w8a8, "_fp8_in_float32", lambda x, weight, dtype: torch.zeros(len(x.codes), len(weight.codes)))
@@ -123,10 +135,11 @@ def peaks(
 
     def predict() -> None:
         work = Workspace(CONFIG, *tokens, chunking, CPU, torch.float32)
-        transformer.predict(inputs.latents, inputs.steps[0], inputs.rope, work=work)
+        transformer.predict(inputs.latents, inputs.steps[0], inputs.rope, work=work, attend=attend)
 
     transformer.double_blocks[0].img_attn_proj(torch.zeros(1, CONFIG.hidden_size))  # makes tables that are kept
-    stated = activation_bytes(CONFIG, *tokens, chunking, scheme=scheme, compute=compute, element=4)
+    settings = {"scheme": scheme, "compute": compute, "element": 4, "attention_writes": attend is not None}
+    stated = activation_bytes(CONFIG, *tokens, chunking, **settings)
     return stated, peak_of(predict)
 
 

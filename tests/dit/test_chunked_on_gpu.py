@@ -11,6 +11,7 @@ from step_inputs import Inputs, random_inputs
 from torch import nn
 
 from goldens import golden, names, relative_l2, transformer_config, transformer_weights
+from lowvram_i2v import attention
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.dit.workspace import Chunking, Workspace, activation_bytes
@@ -138,6 +139,19 @@ def test_the_peak_is_as_stated_and_nothing_waits(
     taken = predict()
     assert taken < 1.02 * stated
     assert taken > (0.8 if fused else 0.98) * stated
+
+
+@pytest.mark.parametrize("name", attention.WRITING)
+@torch.inference_mode()
+def test_attention_over_the_queries_gives_the_same_bits(name: str) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 1000, 4, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+    attend = attention.get(name)
+    for heads in (slice(0, 1), slice(1, 4)):
+        group = q[:, heads], k[:, heads], v[:, heads]
+        expected = attend(*group)
+        attention.attend_over(attend, *group)
+        assert torch.equal(q[:, heads], expected)
 
 
 @torch.inference_mode()

@@ -153,15 +153,16 @@ def test_a_new_way_goes_before_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> 
 @BOTH
 @pytest.mark.gpu
 def test_a_gpu_computes_the_same(scheme: str) -> None:
-    """The bits of codes and scales; of the results all but float rounding."""
+    """The bits of codes and scales; of the results all but the rounding to bfloat16, which alone is 0.0017, and, of
+    e4m3 on Hopper, the few bits of its sums."""
     x, bias = gaussian(700, 3072).to(torch.bfloat16), gaussian(1024, seed=2).to(torch.bfloat16)
     parts = SCHEMES[scheme].quantize(gaussian(1024, 3072, seed=1))
-    here = w8a8.linear(x, w8a8.prepared(scheme, parts, bias, slice(0, 768)), torch.bfloat16)
+    here = w8a8.linear(x, w8a8.prepared(scheme, parts, bias, slice(0, 768)), torch.float32)
     cuda = {suffix: part.cuda() for suffix, part in parts.items()}
     weight = w8a8.prepared(scheme, cuda, bias.cuda(), slice(0, 768))
     for one in w8a8.WAYS:
         there = one.linear(w8a8.quantized(x.cuda(), DTYPES[scheme]), weight, torch.bfloat16)
-        assert relative_l2(there.cpu(), here) < 2e-3, one.name
+        assert relative_l2(there.cpu(), here) < {"int8": 1.8e-3, "fp8": 2.5e-3}[scheme], one.name
     scale = w8a8.token_scales(x, DTYPES[scheme])
     assert torch.equal(w8a8.token_scales(x.cuda(), DTYPES[scheme]).cpu(), scale)
     codes, codes_there = (torch.empty(x.shape, dtype=DTYPES[scheme], device=device) for device in ("cpu", "cuda"))

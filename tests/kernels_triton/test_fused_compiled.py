@@ -23,7 +23,7 @@ CHOSEN = [
     ("product, gated, i8: product_kernel", "sm_86", "IMMA"),
     ("product, i8: product_kernel", "sm_89", "IMMA"),
     ("product, gated, fp8e4nv: product_kernel", "sm_90", "QGMMA"),
-    ("product, i8: product_kernel", "sm_90", "IGMMA"),
+    ("product, gated, i8: product_kernel", "sm_90", "IGMMA"),
     ("product, fp8e4nv: product_kernel", "sm_120", "QMMA.SF"),
 ]
 PROGRAM = """
