@@ -51,7 +51,7 @@ CASES = {
     "flat": Case(0.2, 0.0, False, 0.005, 0.08, 0.08),
     "flat, V offset": Case(0.2, 1.0, False, 0.005, 0.01, 0.03),
     "peaked": Case(2.0, 0.0, False, 0.005, 0.08, 0.08),
-    "outlier, V offset": Case(1.0, 1.0, True, 0.005, 0.08, 0.08),
+    "outlier, V offset": Case(1.0, 1.0, True, 0.005, 0.03, 0.08),
 }
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HEADS_AT_ONCE = 4
-"""Heads whose scores of means exist at the same time."""
+SCORES = 32 * 2**20
+"""Bytes of scores of means that may exist at the same time, or those of one head."""
 CODE_BLOCK = 64
 """Codes are made for whole blocks of so many tokens, as in `attention_quantize`."""
 
@@ -39,6 +39,12 @@ class Cut:
     @property
     def key_blocks(self) -> int:
         return -(-self.tokens // self.keys)
+
+    @property
+    def means(self) -> range:
+        """Key blocks that a mean may stand for: all but the first and the last ones, or one if those are all."""
+        lower = min(self.first, self.key_blocks - 1)
+        return range(lower, max(lower + 1, self.key_blocks - self.last))
 
     @property
     def own(self) -> int:
@@ -68,12 +74,23 @@ def code_bytes(tokens: int, heads: int, dim: int, value: int, keys: int = 64) ->
     return heads * (padded * dim * (1 + value) + 4 * padded // keys + 2 * 4 * dim)
 
 
+def heads_at_once(cut: Cut, heads: int) -> int:
+    """Heads whose scores of means exist at the same time."""
+    return max(1, min(heads, SCORES // (4 * cut.query_blocks * cut.key_blocks)))
+
+
+def means_bytes(cut: Cut, heads: int, dim: int) -> int:
+    """Of the float32 means of queries, keys and values, and of the lowest and highest values of each block."""
+    return 4 * heads * dim * (cut.query_blocks + 4 * cut.key_blocks)
+
+
 def sparse_bytes(cut: Cut, heads: int, dim: int, value: int) -> int:
     """Peak bytes that `attention_sparse.attend` allocates beside its result."""
-    padded = -(-cut.key_blocks // max(CODE_BLOCK, cut.keys)) * max(CODE_BLOCK, cut.keys)
-    mean_codes = code_bytes(cut.key_blocks, heads, dim, value, cut.keys)
-    key_means, query_means = (4 * heads * dim * blocks for blocks in (cut.key_blocks, cut.query_blocks))
-    lists = heads * cut.query_blocks * (4 * cut.kept + padded)
-    scores = 4 * min(heads, HEADS_AT_ONCE) * cut.query_blocks * cut.key_blocks
-    attending = lists + 4 * cut.key_blocks + code_bytes(cut.tokens, heads, dim, value, cut.keys)
-    return mean_codes + max(2 * key_means, key_means + query_means + lists + scores, attending)
+    means = len(cut.means)
+    padded = -(-means // max(CODE_BLOCK, cut.keys)) * max(CODE_BLOCK, cut.keys)
+    mean_codes = code_bytes(means, heads, dim, value, cut.keys)
+    lists = heads * cut.query_blocks * (4 * cut.kept + padded // 8)
+    scores = 4 * heads_at_once(cut, heads) * cut.query_blocks * cut.key_blocks
+    choosing = mean_codes + means_bytes(cut, heads, dim) + lists + scores
+    attending = mean_codes + lists + 4 * cut.key_blocks + code_bytes(cut.tokens, heads, dim, value, cut.keys)
+    return max(choosing, attending)

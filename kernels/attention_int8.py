@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowvram_i2v.kernels.attention_launch import LOG2_E, launch_options, on_device
-from lowvram_i2v.kernels.attention_quantize import Quantized, round_codes
+from lowvram_i2v.kernels.attention_quantize import Quantized, rotation, round_codes, turn
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 SMALLEST_SCALE = tl.constexpr(2.0**-60)
@@ -70,21 +70,31 @@ def multiply_values(p, v, acc, PV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.co
 
 @triton.jit
 def quantize_rows(q, out, exists, q_stride, out_stride, factor, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """Rows of q -> int8 codes [ROWS, DIM] and their float32 scales, which hold the softmax's scale in powers of two.
+    """Rows of q -> int8 codes [ROWS, DIM] of the turned rows and their float32 scales.
 
-    Both go by way of the memory of this program's own result, at `out`: a row's codes, then its scale. What is loaded
+    A scale holds the softmax's, in powers of two, and takes off the length that turning adds to q and k. Codes and
+    scales go by way of the memory of this program's own result, at `out`: a row's codes, then its scale. What is loaded
     from there becomes an operand in shared memory; computed codes would take registers in the loop.
     """
+    PART: tl.constexpr = 64 if ROWS > 64 else ROWS  # turning all rows at once would take registers
+    SIZE: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
     rows = tl.arange(0, ROWS).to(tl.int64)
     channels = tl.arange(0, DIM)
-    x = tl.load(q + rows[:, None] * q_stride + channels[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 1) / 127.0, SMALLEST_SCALE)
-    codes_at = out.to(tl.pointer_type(tl.int8)) + rows * out_stride * (out.dtype.element_ty.primitive_bitwidth // 8)
-    scale_at = (codes_at + DIM).to(tl.pointer_type(tl.float32))
-    tl.debug_barrier()  # out may be q: every thread has read before one writes
-    tl.store(codes_at[:, None] + channels[None, :], round_codes(x * (1.0 / scale)[:, None]), mask=exists[:, None])
-    tl.store(scale_at, scale * factor, mask=exists)
+    codes_at = out.to(tl.pointer_type(tl.int8))
+    count = tl.sum(exists.to(tl.int32), 0)
+    turning = rotation(DIM, q.dtype.element_ty)
+    for part in tl.static_range(ROWS // PART):
+        some = part * PART + tl.arange(0, PART).to(tl.int64)
+        here = some < count
+        x = turn(tl.load(q + some[:, None] * q_stride + channels[None, :], mask=here[:, None], other=0.0), turning)
+        scale = tl.maximum(tl.max(tl.abs(x), 1) / 127.0, SMALLEST_SCALE)
+        at = codes_at + some * out_stride * SIZE
+        tl.debug_barrier()  # out may be q: every thread has read before one writes
+        tl.store(at[:, None] + channels[None, :], round_codes(x * (1.0 / scale)[:, None]), mask=here[:, None])
+        tl.store((at + DIM).to(tl.pointer_type(tl.float32)), scale * (factor / DIM), mask=here)
     tl.debug_barrier()
+    codes_at += rows * out_stride * SIZE
+    scale_at = (codes_at + DIM).to(tl.pointer_type(tl.float32))
     codes = tl.load(codes_at[:, None] + channels[None, :], mask=exists[:, None], other=0)
     return codes, tl.load(scale_at, mask=exists, other=1.0)
 

@@ -1,7 +1,7 @@
 """Attention and its quantization as plain torch: what the Triton kernels must compute, and what they are measured by.
 
 `attention` is the definition, in float32 and row chunks, so that it also runs where scores do not fit in memory.
-`quantize_keys` and `quantize_values` give the kernels' codes bit for bit, up to the rounding of the means.
+`quantize_queries`, `quantize_keys` and `quantize_values` give the kernels' codes, up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -44,15 +44,45 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, rows: int,
     return result.transpose(0, 1)
 
 
+def rotation(dim: int) -> Tensor:
+    """sqrt(dim) times an orthogonal matrix, [dim, dim] of 1 and -1; dim is a power of two. Hadamard's matrix, with the
+    signs of a Golay-Rudin-Shapiro sequence on its rows: a single channel goes to all channels in equal parts, and a
+    vector of equal channels to all of them or half of them."""
+    row = torch.arange(dim)
+    bits = (row[:, None] & row) ^ (row & (row >> 1))[:, None]
+    for shift in (16, 8, 4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    return 1.0 - 2.0 * (bits & 1)
+
+
+def turn(x: Tensor) -> Tensor:
+    """x [..., channels] rotated, sqrt(channels) times as long, float32."""
+    return x.float() @ rotation(x.shape[-1]).to(x.device)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., channels] -> int8 codes and the scale of each row, halves rounded upwards."""
+    """x [..., channels] -> int8 codes and the scale of each row, halves rounded to even."""
     scale = (x.float().abs().amax(-1) / 127).clamp_min(2.0**-60)
-    return torch.floor(x.float() * (1 / scale)[..., None] + 0.5).to(torch.int8), scale
+    return torch.round(x.float() * (1 / scale)[..., None]).to(torch.int8), scale
+
+
+def quantize_queries(q: Tensor) -> tuple[Tensor, Tensor]:
+    """q [..., channels] -> codes of the turned rows and scales; their products with those of the keys are q k."""
+    codes, scale = quantize_rows(turn(q))
+    return codes, scale / q.shape[-1]
+
+
+def sampled_tokens(tokens: int, every: int, run: int) -> Tensor:
+    """One token in `every`: in each run of `run` tokens the next of them. The mean of K is theirs."""
+    group = torch.arange(-(-tokens // every))
+    found = group * every + group * every // run % every
+    return found[found < tokens]
 
 
 def quantize_keys(k: Tensor, centre: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """k [tokens, heads, dim] minus centre [heads, dim] -> codes [heads, padded, dim] and scales [heads, tiles]."""
-    x = (k.float() - centre).transpose(0, 1)
+    """k [tokens, heads, dim] minus centre [heads, dim] in bf16, turned -> codes [heads, padded, dim] and scales [heads,
+    tiles]."""
+    x = (turn(k) - turn(centre.bfloat16())).transpose(0, 1)
     x = torch.nn.functional.pad(x, (0, 0, 0, -len(k) % keys))
     tiles = x.reshape(len(x), -1, keys * k.shape[2])
     codes, scales = quantize_rows(tiles)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from compile import Variant
 
-from lowvram_i2v.kernels import attention_dense, attention_int8, attention_quantize, attention_sparse
+from lowvram_i2v.kernels import attention_dense, attention_int8, attention_lists, attention_quantize, attention_sparse
+from lowvram_i2v.kernels.attention_quantize import PASSES
 from lowvram_i2v.kernels.attention_tiles import DENSE, INT8, SHARED_MEMORY, Tile
 
 DIM = 128
@@ -20,7 +21,6 @@ MATRIX = {
     ("sm_120", "fp8_scaled"): ("IMMA", "QMMA.SF"),
 }
 """The instructions of Q K and P V."""
-VALUES = {"BLOCK": attention_quantize.BLOCK, "DIM": DIM, "UNIT": attention_quantize.UNIT}
 VECTORS = ("centre", "k_centre", "v_centre", "v_scale", "reach")
 
 
@@ -53,59 +53,96 @@ def int8(card: str, tile: Tile) -> Variant:
 def sparse(card: str, tile: Tile) -> Variant:
     whole = int8(card, tile)
     constants = whole.constants | {"LENGTH": 6, "STAGES": 2 * tile.stages - 1}
+    constants["MEAN_STAGES"] = attention_sparse.MEAN_STAGES
     types = whole.types | {"mean_k": "*i8", "mean_v": whole.types["v"], "mean_k_scale": "*fp32", "blocks": "*i32"}
-    types |= {"skipped": "*u8", "every": "*i32", "kept": "i32", "text_from": "i32", "mean_padded": "i32"}
+    types |= {"skipped": "*i32", "every": "*i32", "kept": "i32", "text_from": "i32", "mean_padded": "i32"}
+    types |= {"heads": "i32", "query_blocks": "i32"}
     kernel, aligned = attention_sparse.sparse_kernel, (*whole.aligned, "mean_padded")
     return replace(whole, name=f"sparse {tile}", kernel=kernel, types=types, constants=constants, aligned=aligned)
 
 
-def routing(card: str, tile: Tile) -> Variant:
-    """The lists of 1280x720, 129 frames: 1863 key blocks."""
-    types = dict.fromkeys(("count", "padded", "kept", "first", "last"), "i32")
-    types |= {"scores": "*fp32", "blocks": "*i32", "skipped": "*u8"}
-    constants = {"ROWS": tile.rows, "KEYS": tile.keys, "SIZE": 2048}
-    return Variant("route_kernel", attention_sparse.route_kernel, types, constants, int(card[3:]), 4, 3, ("padded",))
-
-
-def quantizers(card: str, tile: Tile) -> list[Variant]:
-    """The kernels of `attention_quantize`; they multiply no matrices, so the gate wants none."""
-    k, v, sums = {"k": "*bf16"}, {"v": "*bf16"}, ("k_sum", "v_sum", "v_low", "v_high")
-    largest = attention_quantize.LARGEST_VALUE[tile.pv]
-    code = "*fp8e4nv" if tile.pv.startswith("fp8") else "*fp16"
-    strides = [f"{x}{kind}_stride" for x in "kv" for kind in ("", "_head")]
-    integers = dict.fromkeys((*strides, "tokens", "chunk", "padded", "parts", "k_count"), "i32")
-    floats = dict.fromkeys((*sums, *VECTORS, "scales"), "*fp32") | {"errors": "*i32"}
+def lists(card: str, tile: Tile) -> list[Variant]:
+    """The kernels of `attention_lists`, for 1280x720, 129 frames: 1863 key blocks."""
+    sizes = {"ROWS": tile.rows, "KEYS": tile.keys}
+    strides = [f"{x}{kind}_stride" for x in "qkv" for kind in ("", "_head")]
+    counts = ("count", "words", "kept", "first", "last", "lower", "tokens", "query_blocks", "key_blocks", "blocks")
+    floats = ("q_means", "k_means", "v_means", "v_low", "v_high", "k_centre", "v_centre", "reach", "scores")
+    types = dict.fromkeys((*strides, *counts), "i32") | dict.fromkeys(floats, "*fp32") | dict.fromkeys("qkv", "*bf16")
+    width = {"STRIP": attention_lists.STRIP, "WIDTH": attention_lists.WIDTH}
     made = []
-    for name, codes, constants in (
+    for name, constants, warps, more in (
         (
-            "statistics_kernel",
-            code,
-            {"STRIP": attention_quantize.STRIP, "DIM": DIM, "SAMPLED": attention_quantize.SAMPLED},
+            "means_kernel",
+            sizes | {"DIM": DIM, "HEADS_FIRST": attention_lists.HEADS_FIRST, "PIECE": attention_lists.PIECE},
+            attention_lists.MEANS_WARPS,
+            {},
         ),
-        ("keys_kernel", "*i8", {"KEYS": tile.keys, "DIM": DIM}),
-        ("values_kernel", code, VALUES | {"EIGHT": tile.pv.startswith("fp8"), "LARGEST": largest}),
-        ("centres_kernel", code, {"STRIP": attention_quantize.STRIP, "DIM": DIM}),
-        ("shift_kernel", code, {"DIM": DIM, "LARGEST": largest, "UNIT": attention_quantize.UNIT}),
+        ("scores_kernel", {"DIM": DIM, "SIDE": attention_lists.SIDE, "DEPTH": attention_lists.DEPTH}, 4, {}),
+        ("centres_kernel", {"KEYS": tile.keys, "DIM": DIM} | width, 4, {}),
+        (
+            "choice_kernel",
+            sizes | {"SIZE": 2048},
+            attention_lists.choice_warps(2048),
+            {"blocks": "*i32", "skipped": "*i32"},
+        ),
     ):
-        types = k | v | integers | floats | {"codes": codes}
-        kernel = getattr(attention_quantize, name)
-        warps = attention_quantize.WARPS if name == "values_kernel" else 4
-        aligned = (
-            *(x for x in strides if x in kernel.arg_names),
-            *(["padded"] if "padded" in kernel.arg_names else []),
-        )
-        made.append(Variant(f"{name} {tile.pv}", kernel, types, constants, int(card[3:]), warps, 3, aligned))
+        kernel = getattr(attention_lists, name)
+        aligned = tuple(x for x in strides if x in kernel.arg_names)
+        shown = f"{name} of lists"
+        made.append(Variant(shown, kernel, types | more, constants, int(card[3:]), warps, 3, aligned))
     return made
 
 
+def quantizers(card: str, tile: Tile, passes: attention_quantize.Passes = PASSES, dtype: str = "bf16") -> list[Variant]:
+    """The kernels of `attention_quantize`; that of the keys multiplies by the rotation. Means are float32."""
+    sums, code = ("k_sum", "v_sum", "v_low", "v_high"), "*fp8e4nv" if tile.pv.startswith("fp8") else "*fp16"
+    strides = [f"{x}{kind}_stride" for x in "kv" for kind in ("", "_head")]
+    types = dict.fromkeys((*strides, "tokens", "padded", "parts", "k_count"), "i32") | {
+        "k": f"*{dtype}",
+        "v": f"*{dtype}",
+    }
+    types |= dict.fromkeys((*sums, *VECTORS, "scales", "sums"), "*fp32")
+    largest, strip = {"LARGEST": attention_quantize.LARGEST_VALUE[tile.pv]}, {"STRIP": attention_quantize.STRIP}
+    block = {"BLOCK": attention_quantize.BLOCK, "EIGHT": tile.pv.startswith("fp8")}
+    sampled = {"TURN": attention_quantize.TURN, "SAMPLED": attention_quantize.SAMPLED}
+    small = attention_quantize.Pass(0, 8, 3)
+    made = []
+    for name, codes, how, constants in (
+        ("statistics_kernel", code, passes.statistics, sampled),
+        ("keys_kernel", "*i8", passes.keys, {"KEYS": tile.keys}),
+        ("values_kernel", code, passes.values, block | largest),
+        ("centres_kernel", code, small, strip),
+        ("shift_kernel", code, small, strip | largest),
+    ):
+        kernel = getattr(attention_quantize, name)
+        constants |= {"DIM": DIM} | ({"TILES": how.tiles, "STAGES": how.stages} if how.tiles else {})
+        constants |= {"FOLD": attention_quantize.fold(how, DIM)} if "FOLD" in kernel.arg_names else {}
+        aligned = tuple(x for x in (*strides, "padded") if x in kernel.arg_names)
+        shown = " ".join([name, tile.pv, dtype] + [str(how)] * bool(how.tiles))
+        made.append(Variant(shown, kernel, types | {"codes": codes}, constants, int(card[3:]), how.warps, 3, aligned))
+    return made
+
+
+def of_means(card: str, tile: Tile) -> list[Variant]:
+    """The kernels that make codes of the means of key blocks."""
+    made = quantizers(card, tile, attention_sparse.OF_MEANS, "fp32")
+    return [variant for variant in made if "keys" in variant.name or "values" in variant.name]
+
+
 def variants(first: bool = False) -> list[tuple[str, Variant]]:
-    """(card, variant) of every tile, or of those that the backends use."""
+    """(card, variant) of every tile, or of those that the backends use, and what makes their 8-bit values."""
     found = []
     for make, table in ((dense, DENSE), (int8, INT8)):
         for card, tiles in table.items():
             found += [(card, make(card, tile)) for tile in (tiles[:1] if first else tiles)]
+    for card, tiles in INT8.items():
+        if first and tiles[0].pv.startswith("fp8"):
+            found += [(card, variant) for variant in quantizers(card, tiles[0]) if "values" in variant.name]
+            found += [(card, variant) for variant in of_means(card, tiles[0]) if "values" in variant.name]
     if not first:
         for card, tiles in INT8.items():
-            found += [(card, sparse(card, tiles[0])), (card, routing(card, tiles[0]))]
+            found += [(card, sparse(card, tiles[0]))]
+            found += [(card, variant) for variant in lists(card, tiles[0])]
             found += [(card, variant) for variant in quantizers(card, tiles[0])]
+            found += [(card, variant) for variant in of_means(card, tiles[0])]
     return found

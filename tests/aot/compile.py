@@ -52,7 +52,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said: bytes, registers a thread, bytes spilled, opcodes of the hot loop (first word only)."""
+    """What the compiler said: bytes, registers a thread, bytes spilled, opcodes of the hot loop (first word only).
+    stale: see `stale_merges`."""
 
     shared: int
     warps: int
@@ -60,6 +61,7 @@ class Report:
     local: int
     spilled: int
     warnings: list[str]
+    stale: int = 0
     loop: Counter[str] = field(default_factory=Counter)
     matrix: Counter[str] = field(default_factory=Counter)
 
@@ -117,6 +119,7 @@ def report(variant: Variant) -> Report:
         local=int(found[2]),
         spilled=spilled,
         warnings=[line for line in log.splitlines() if "serialized" in line or "C75" in line],
+        stale=stale_merges(code),
         loop=Counter(word.split(".")[0] for word in loop),
         matrix=Counter(short(word) for word in loop if word.startswith(MATRIX)),
     )
@@ -131,11 +134,32 @@ def faults(variant: Variant, found: Report) -> list[str]:
         wrong.append(f"{found.spilled} bytes spilled")
     if found.warnings:
         wrong.append(found.warnings[0])
+    if found.stale:
+        wrong.append(f"{found.stale} conversions to 8 bits are merged with a stale register")
     wrong += [f"no {name}" for name in variant.matrix if not any(word.startswith(name) for word in found.matrix)]
     # one store: on sm_90 the assembler moves a score scale through shared memory once a tile
-    if found.loop["STS"] > (1 if variant.card == 90 else 0):
+    if variant.matrix and found.loop["STS"] > (1 if variant.card == 90 else 0):
         wrong.append(f"{found.loop['STS']} shared-memory stores in the loop")
     return wrong
+
+
+def stale_merges(code: str) -> int:
+    """Conversions of two numbers to e4m3 that are merged with a register other than one that such a conversion made.
+
+    Four codes in a register are two conversions, the second merged with the first. Where single codes are spread over
+    words by shifts, ptxas 12.8 and 12.9 merge a conversion with a shifted register, computed before the conversion:
+    every other number is then what the register held.
+    """
+    halves: set[str] = set()
+    found = 0
+    for opcode, operands in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)\s+([^;&?\n]*)", code):
+        registers = [word.split()[0].removesuffix(".reuse") for word in operands.split(",") if word.strip()]
+        first = "MERGE_C" in opcode and registers[-1] == "RZ"
+        if "MERGE_C" in opcode and not first:
+            found += registers[-1] not in halves
+        if registers:
+            (halves.add if first else halves.discard)(registers[0])
+    return found
 
 
 def short(opcode: str) -> str:

@@ -20,4 +20,4 @@ def test_tiles_in_use_pass_the_gate(card: str) -> None:
         [sys.executable, str(table), "--gate", card], capture_output=True, text=True, env=environment, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(card) == 2, done.stdout
+    assert done.stdout.count(card) == (2 if card == "sm_86" else 4), done.stdout

@@ -4,6 +4,10 @@ Every kernel is first compiled and tried on a few tokens in a process of its own
 hang are left out. Then come two tables for each number of tokens. Speeds count the two products of exact attention
 (4 tokens^2 heads dim); the time of 8-bit kernels includes quantization. Tiles are those of `attention_tiles.py`; the
 first of a list is the one that the backends use. About 40 s on an H100; nothing new is begun after --seconds.
+
+`--only quantization` times the passes over K and V one by one, in several cuts, as a share of 8-bit attention's time,
+and holds what each gave in the end against its definition (exit status 1 if it is something else);
+`--only accuracy --kernel int8` prints those rows of the first table alone. About 25 s each.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,12 +34,21 @@ from lowvram_i2v.kernels import attention_dense, attention_int8, attention_quant
 from lowvram_i2v.kernels import attention_reference as reference  # noqa: E402
 from lowvram_i2v.kernels.attention_cut import cut_sequence  # noqa: E402
 from lowvram_i2v.kernels.attention_launch import card  # noqa: E402
+from lowvram_i2v.kernels.attention_quantize import PASSES, Centres, Pass, Passes  # noqa: E402
 from lowvram_i2v.kernels.attention_tiles import DENSE, INT8, Tile  # noqa: E402
 
 HEADS, DIM = 24, 128
 PATIENCE = 60
 """Seconds after which a kernel on a few tokens hangs."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+CUTS = {
+    "statistics": ((16, 4, 1), (8, 4, 1), (16, 4, 2), (16, 2, 1), (8, 2, 1), (4, 2, 1)),
+    "keys": ((8, 4, 2), (4, 4, 2), (16, 4, 2), (8, 4, 1), (8, 4, 3), (8, 8, 2)),
+    "values": ((4, 4, 1), (2, 4, 1), (8, 4, 1), (4, 8, 1), (2, 8, 1), (8, 8, 1), (4, 4, 2)),
+}
+"""Passes of quantization that are tried: tiles of a program, warps, stages."""
+AHEAD, QUEUED = 20_000_000, 20
+"""Cycles for which the device is kept busy while QUEUED calls are queued."""
 
 
 def sdpa(backend: SDPBackend | None) -> Attend:
@@ -52,8 +66,17 @@ def dense(tile: Tile) -> Attend:
     return lambda q, k, v: attention_dense.attend(q, k, v, tile)
 
 
-def int8(tile: Tile) -> Attend:
-    return lambda q, k, v: attention_int8.attend_quantized(q, attention_quantize.quantize(k, v, tile), tile)
+def int8(tile: Tile, how: Passes = PASSES) -> Attend:
+    return lambda q, k, v: attention_int8.attend_quantized(q, attention_quantize.quantize(k, v, tile, how=how), tile)
+
+
+def cuts(tile: Tile) -> dict[str, Passes]:
+    """Every cut of CUTS by name, the other two passes as they are in use."""
+    return {
+        f"{part} {Pass(*numbers)}": replace(PASSES, **{part: Pass(*numbers)})
+        for part, tried in CUTS.items()
+        for numbers in dict.fromkeys((tuple(vars(getattr(PASSES, part)).values()), *tried))
+    }
 
 
 def sparse(tile: Tile, density: float) -> Attend:
@@ -85,6 +108,7 @@ def peers() -> dict[str, Attend]:
 
 def ours(name: str) -> dict[str, Attend]:
     found = {f"dense {tile}": dense(tile) for tile in DENSE[name]} | {f"int8 {tile}": int8(tile) for tile in INT8[name]}
+    found |= {cut: int8(INT8[name][0], how) for cut, how in cuts(INT8[name][0]).items()}
     return found | {f"sparse, 20 % of blocks, {INT8[name][0]}": sparse(INT8[name][0], 0.2)}
 
 
@@ -99,6 +123,22 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def queued_seconds(call: Callable[[], object]) -> float:
+    """Time of a call on the device when it never waits for the host, as inside a model; median of 3."""
+    call()
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        for _ in range(QUEUED):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / QUEUED)
     return statistics.median(times)
 
 
@@ -168,15 +208,74 @@ def speed(kernels: dict[str, Attend], tokens: int, repeats: int, over: Callable[
 
 
 def prologue(k: Tensor, v: Tensor, tile: Tile, whole: float) -> None:
-    """What quantization takes, and of it the first pass, beside a copy."""
-    parts: dict[str, tuple[int, Callable[[], object]]] = {
-        "copy of K": (2 * k.nbytes, lambda: k.clone()),
-        "statistics": (v.nbytes + k.nbytes // attention_quantize.SAMPLED, lambda: attention_quantize.statistics(k, v)),
-        "quantization": (3 * k.nbytes + 2 * v.nbytes, lambda: attention_quantize.quantize(k, v, tile)),
-    }
-    for name, (moved, call) in parts.items():
-        took = seconds(call, 7)
-        print(f"{name}: {took * 1e3:.3f} ms, {moved / took / 1e9:.0f} GB/s, {took / whole:.1%} of int8 {tile}")
+    """What quantization takes beside a copy, alone and without waiting for the host."""
+    moved = 4 * k.nbytes + k.nbytes // attention_quantize.SAMPLED  # K and V to codes, V once more for its statistics
+    copied = queued_seconds(lambda: k.clone())
+    alone = seconds(lambda: attention_quantize.quantize(k, v, tile), 7)
+    took = queued_seconds(lambda: attention_quantize.quantize(k, v, tile))
+    print(f"copy of K: {copied * 1e3:.3f} ms, {2 * k.nbytes / copied / 1e9:.0f} GB/s")
+    print(f"quantization: {took * 1e3:.3f} ms, {moved / took / 1e9:.0f} GB/s, {took / whole:.2%} of int8 {tile}")
+    print(f"called alone, with the host's part: {alone * 1e3:.3f} ms, {alone / whole:.2%}")
+
+
+def share_wrong(part: str, made: tuple[Tensor, ...], k: Tensor, v: Tensor, tile: Tile, centres: Centres) -> float:
+    """Of what a pass made for the first and the last head, the share that is not what the definition gives."""
+    heads = slice(None, None, HEADS - 1)
+    k, v, (k_centre, v_centre, _) = k[:, heads], v[:, heads], (x[heads] for x in centres)
+    got = [x[heads] for x in made]
+    if part == "keys":
+        codes, scales = reference.quantize_keys(k, k_centre, tile.keys)
+        near = torch.isclose(got[1][:, : scales.shape[1]], scales, rtol=1e-4)
+        return max(share(got[0][:, : codes.shape[1]] != codes), share(~near))
+    if part == "values":
+        eight = tile.pv.startswith("fp8")
+        codes = reference.quantize_values(v, v_centre, got[1], got[0].shape[2 if eight else 1], eight).float()
+        shifted = v_centre - codes.sum(2 if eight else 1) / len(v) * got[1]
+        rtol, atol = (0.0, 0.0) if eight else (2e-3, 1e-5)  # sums are rounded elsewhere: of 8 bits few fall otherwise
+        near = torch.isclose(got[0].float(), codes, rtol=rtol, atol=atol)
+        return max(share(~near), share(~torch.isclose(got[2], shifted, atol=1e-4)))
+    mean = v.float().mean(0)
+    sampled = reference.sampled_tokens(len(k), attention_quantize.SAMPLED, attention_quantize.TURN)
+    right = (k[sampled.to(k.device)].float().mean(0), mean, (v.float() - mean).abs().amax(0))
+    return max(share(~torch.isclose(x, y, atol=1e-4)) for x, y in zip(got, right, strict=True))
+
+
+def share(wrong: Tensor) -> float:
+    return float(wrong.float().mean())
+
+
+def quantization(tokens: int, names: list[str]) -> int:
+    """The passes one by one, in every cut; how many of them give something else than the definition."""
+    k, v = torch.randn(2, tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16).unbind()
+    tile = INT8[card(k.device)][0]
+    whole = seconds(lambda: int8(tile)(k, k, v), 7)
+    print(f"\n{tokens} tokens, {HEADS} heads x {DIM}; int8 {tile}: {whole * 1e3:.2f} ms")
+    prologue(k, v, tile, whole)
+    centres, failed = attention_quantize.statistics(k, v), 0
+    for name, how in cuts(tile).items():
+        if name not in names:
+            continue
+        part = name.split()[0]
+        moved, call = {
+            "statistics": (
+                v.nbytes + k.nbytes // attention_quantize.SAMPLED,
+                lambda how=how: attention_quantize.statistics(k, v, how.statistics),
+            ),
+            "keys": (
+                k.nbytes + k.nbytes // 2,
+                lambda how=how: attention_quantize.encode_keys(k, tile, centres, how.keys),
+            ),
+            "values": (
+                v.nbytes + v.nbytes // 2,
+                lambda how=how: attention_quantize.encode_values(v, tile, centres, how.values),
+            ),
+        }[part]
+        took = queued_seconds(call)
+        off = max(share_wrong(part, call(), k, v, tile, centres) for _ in range(3))
+        failed += not off < 1e-3
+        said = f"{off:.1e} of it differs{'' if off < 1e-3 else ', WRONG'}"
+        print(f"{name}: {took * 1e3:.4f} ms, {moved / took / 1e9:.0f} GB/s, {took / whole:.2%}, {said}", flush=True)
+    return failed
 
 
 def compile_all(names: list[str]) -> list[str]:
@@ -217,6 +316,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[34192, 119200])
     parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--only", choices=("accuracy", "speed", "quantization"))
+    parser.add_argument("--kernel", default="", help="a word in the names of the kernels to try")
     parser.add_argument("--compile", help="one kernel; used by this program itself")
     options = parser.parse_args()
     if options.compile:
@@ -230,13 +331,25 @@ def main() -> None:
     def over() -> bool:
         return time.monotonic() - start > options.seconds
 
-    found = ours(name)
-    kernels = peers() | {kernel: found[kernel] for kernel in compile_all(list(found))}
-    with torch.inference_mode():
-        for repeats, tokens in zip((7, *[2] * len(options.tokens)), options.tokens, strict=False):
-            accuracy(kernels, tokens, over)
-            speed(kernels, tokens, repeats, over)
+    found, tried, failed = ours(name), list(cuts(INT8[name][0])), 0
+    if options.only == "quantization":
+        names = compile_all(tried)
+        with torch.inference_mode():
+            for tokens in options.tokens:
+                failed += quantization(tokens, names)
+    else:
+        names = compile_all([kernel for kernel in found if kernel not in tried and options.kernel in kernel])
+        kernels = {kernel: attend for kernel, attend in peers().items() if options.kernel in kernel}
+        kernels |= {kernel: found[kernel] for kernel in names}
+        with torch.inference_mode():
+            for repeats, tokens in zip((7, *[2] * len(options.tokens)), options.tokens, strict=False):
+                if options.only != "speed":
+                    accuracy(kernels, tokens, over)
+                if options.only != "accuracy":
+                    speed(kernels, tokens, repeats, over)
     print(f"\n{time.monotonic() - start:.0f} s in all")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

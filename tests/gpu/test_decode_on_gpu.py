@@ -42,7 +42,7 @@ def decoder_of(dtype: torch.dtype) -> VaeDecoder:
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double().cpu()).norm() / expected.double().norm())
+    return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.float16, 0.02)])

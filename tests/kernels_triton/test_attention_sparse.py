@@ -13,9 +13,10 @@ from lowvram_i2v.kernels import attention_reference as reference
 from lowvram_i2v.kernels import attention_route
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence
 from lowvram_i2v.kernels.attention_int8 import attend_quantized
-from lowvram_i2v.kernels.attention_quantize import encode, quantize, statistics
+from lowvram_i2v.kernels.attention_lists import Lists, choose, mean_blocks
+from lowvram_i2v.kernels.attention_quantize import encode, quantize
 from lowvram_i2v.kernels.attention_route import Route, block_means
-from lowvram_i2v.kernels.attention_sparse import attend, attend_routed, route
+from lowvram_i2v.kernels.attention_sparse import attend, attend_routed, inner
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,14 +38,27 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.half().to(DEVICE).unbind()
 
 
+def unpacked(lists: Lists, cut: Cut) -> Route:
+    bits = (lists.skipped[..., None] >> torch.arange(32, device=DEVICE) & 1).flatten(-2).to(torch.uint8)
+    assert (bits[..., len(cut.means) :] == 0).all()
+    skipped = torch.zeros(*bits.shape[:2], cut.key_blocks, dtype=torch.uint8, device=DEVICE)
+    skipped[..., cut.means.start : cut.means.stop] = bits[..., : len(cut.means)]
+    return Route(lists.blocks, skipped)
+
+
 def routed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Cut, tile: Tile = TILE
 ) -> tuple[torch.Tensor, Route]:
-    centres = statistics(k, v)
-    means = block_means(k, 32)
-    chosen = route(q, means - centres[0], cut, tile)
-    kv, mean_kv = quantize(k, v, tile, centres), encode(means, block_means(v, 32), tile, centres)
-    return attend_routed(q, kv, mean_kv, chosen, cut, tile), chosen
+    means, centres = mean_blocks(q, k, v, cut)
+    chosen = choose(means.q, means.k, cut, tile)
+    mean_kv = encode(*inner(means, cut), tile, centres)
+    kv = quantize(k, v, tile, centres)
+    return attend_routed(q, kv, mean_kv, chosen, cut, tile), unpacked(chosen, cut)
+
+
+def dense_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """With the centres that sparse attention subtracts, which need not be those of `statistics`."""
+    return attend_quantized(q, quantize(k, v, TILE, mean_blocks(q, k, v, cut)[1]), TILE)
 
 
 def test_lists_and_means_give_the_definition() -> None:
@@ -66,7 +80,7 @@ def test_text_sees_everything_exactly() -> None:
     cut = cut_of(0.0)
     assert (cut.first, cut.last, cut.text_from, cut.kept) == (1, 2, 4, 4)
     result, _ = routed(q, k, v, cut)
-    dense = attend_quantized(q, quantize(k, v, TILE), TILE)
+    dense = dense_of(q, k, v, cut)
     assert reference.relative_l2(result[4 * 32 :], dense[4 * 32 :]) < 1e-3
     assert reference.relative_l2(result[: 4 * 32], dense[: 4 * 32]) > 1e-3
     plain = attention_route.attend(q.float(), k.float(), v.float(), cut)
@@ -77,8 +91,8 @@ def test_text_sees_everything_exactly() -> None:
 
 def test_all_blocks_is_dense() -> None:
     q, k, v = inputs()
-    expected = attend_quantized(q, quantize(k, v, TILE), TILE)
-    assert reference.relative_l2(attend(q, k, v, TILE, cut_of(1.0)), expected) < 1e-3
+    cut = replace(cut_of(1.0), text_from=3)  # as many blocks see everything anyway
+    assert reference.relative_l2(attend(q, k, v, TILE, cut), dense_of(q, k, v, cut)) < 1e-3
 
 
 @pytest.mark.parametrize(("count", "kept", "first", "last"), [(17, 17, 0, 1), (100, 20, 3, 4), (65, 13, 0, 5)])
@@ -90,14 +104,28 @@ def test_lists_are_those_of_a_sort(count: int, kept: int, first: int, last: int)
     means = torch.randn(count, 2, 32, generator=generator).to(DEVICE)
     means[:, 1] = 1.0
     cut = Cut(tokens, 32, 4, first, last, 1000, kept)
-    made, expected = route(q, means, cut, Tile(32, 4, 4, 2, "fp16")), attention_route.route(q, means, cut)
+    by_head = [x.transpose(0, 1).contiguous() for x in (block_means(q, 32), means)]
+    made = unpacked(choose(*by_head, cut, Tile(32, 4, 4, 2, "fp16")), cut)
+    expected = attention_route.route(q, means, cut)
     assert (made.blocks.diff(dim=-1) > 0).all()
     assert torch.equal(made.blocks[0], expected.blocks[0])
-    assert torch.equal(made.skipped[0, :, :count], expected.skipped[0])
-    assert (made.skipped[..., count:] == 0).all()
+    assert torch.equal(made.skipped[0], expected.skipped[0])
     assert torch.equal(made.skipped.sum(-1), torch.full(made.skipped.shape[:2], count - kept, device=DEVICE))
     must = attention_route.on_every_list(cut, DEVICE)
-    assert not (made.skipped[..., :count].bool() & must).any()
+    assert not (made.skipped.bool() & must).any()
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(32, 32), (64, 16), (16, 64)])
+def test_means_are_those_of_plain_torch(rows: int, keys: int) -> None:
+    """Views of a wider workspace, a ragged last block, V with offsets."""
+    x = torch.cat(inputs(), dim=1)
+    q, k, v = x[:, :2], x[:, 2:4], x[:, 4:] + 3
+    means, (k_centre, v_centre, reach) = mean_blocks(q, k, v, cut_sequence(TOKENS, 20, TOKENS, 0.2, rows, keys))
+    for made, given, size in ((means.q, q, rows), (means.k, k, keys), (means.v, v, keys)):
+        torch.testing.assert_close(made.transpose(0, 1), block_means(given, size), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(k_centre, k.float().mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(v_centre, v.float().mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(reach, (v - v_centre).abs().amax(0), atol=1e-5, rtol=1e-5)
 
 
 def test_a_cut_of_another_sequence_is_refused() -> None:

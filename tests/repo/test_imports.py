@@ -68,8 +68,8 @@ ALLOWED = {
         "events",
         "device",
     },
-    "sizes": {"checkpoint", "dit", "streaming", "kernels", "variant", *CONFIGS},
-    "plan": {"sizes", "dit", "attention.memory", "streaming", "text", "vae", "request", "profile", "errors"},
+    "sizes": {"checkpoint", "dit", "streaming", "text", "kernels", "variant", *CONFIGS},
+    "plan": {"sizes", "dit", "attention", "streaming", "text", "vae", "request", "profile", "errors"},
     "cards": {"dit.config"},
     "job": {
         "checkpoint",
