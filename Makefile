@@ -29,7 +29,7 @@ bench:
 	$(PYTHON) tests/bench/convert_full_size.py --work $(WORK)/convert
 	$(PYTHON) tests/bench/full_size.py --work $(WORK) --scheme int8 fp8 --flags=--no-cache \
 	  --run 6gb:512x512x129 6gb:960x544x129 6gb:1280x720x129 8gb:1280x720x129 12gb:1280x720x129 24gb:1280x720x129
-	$(PYTHON) tests/bench/plans.py --model $(WORK)/int8
+	$(PYTHON) tests/bench/plans.py --processes 2
 	$(PYTHON) tests/bench/streaming.py --model $(WORK)/int8 --resident -1 0 0:mapped
 	$(PYTHON) tests/bench/streaming.py --model $(WORK)/int8 --size 1280x720 --resident -1 0 0:mapped
 	$(PYTHON) tests/bench/timeline.py --model $(WORK)/int8

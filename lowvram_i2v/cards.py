@@ -26,7 +26,8 @@ PASSES = 30
 
 @dataclass(frozen=True)
 class Card:
-    """half, int8: dense TFLOP/s and TOP/s; bandwidth: GB/s of its memory; bus: GB/s from RAM."""
+    """half, int8: dense TFLOP/s and TOP/s; bandwidth: GB/s of its memory; bus: GB/s from RAM. float8: as in
+    `plan.Machine`."""
 
     name: str
     vram_gib: int
@@ -34,12 +35,13 @@ class Card:
     int8: float
     bandwidth: float
     bus: float
+    float8: bool = True
 
 
 CARDS = (
-    Card("RTX 3060 12GB", 12, 25.5, 102, 360, 25),
+    Card("RTX 3060 12GB", 12, 25.5, 102, 360, 25, float8=False),
     Card("RTX 4060 8GB", 8, 30.2, 121, 272, 13),
-    Card("RTX 3090", 24, 71.2, 285, 936, 25),
+    Card("RTX 3090", 24, 71.2, 285, 936, 25, float8=False),
     Card("RTX 4070", 12, 58, 233, 504, 25),
     Card("RTX 4090", 24, 165, 661, 1008, 25),
     Card("RTX 5090", 32, 209.5, 838, 1792, 50),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram_i2v.demo_model import model_path
-from lowvram_i2v.errors import RequestError
+from lowvram_i2v.errors import RequestError, ResourceError
 from lowvram_i2v.profile import DEFAULT_PROFILE, VramProfile, load_profile, profile_names
 from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, nearest_bucket
 from lowvram_i2v.variant import VARIANTS
@@ -52,7 +53,7 @@ def _profiles(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from lowvram_i2v.plan import fits, largest_size, limit_of, make_plan, most_frames
+    from lowvram_i2v.plan import GIB, fits, largest_size, limit_of, make_plan, most_frames
 
     profile, video, sizes = load_profile(options.profile), _video(options), _sizes(options)
     machine = _machine(options)
@@ -72,25 +73,39 @@ def _plan(options: argparse.Namespace) -> int:
     if options.max_frames or options.max_size:
         return 0
     plan = make_plan(sizes, video, profile, machine)
+    try:
+        older = make_plan(sizes, video, profile, replace(machine, float8=False))
+    except ResourceError:
+        older = None
     print(f"{video}; {sizes.scheme or 'bf16'} weights; profile {profile.name}")
     print(plan.table())
-    print(estimates(plan, sizes, video, profile))
+    if older != plan:
+        takes = "it does not fit"
+        if older is not None:
+            takes = f"denoise takes {older.vram('denoise') / GIB:.2f} GiB, {older.resident} blocks stay"
+        print(f"on RTX 30 cards, which have no 8-bit floats, {takes}")
+    print(estimates(plan, older, sizes, video, profile))
     return 0
 
 
-def estimates(plan: MemoryPlan, sizes: ModelSizes, video: Video, profile: VramProfile) -> str:
-    """Seconds a step and minutes in all on the cards that could hold the plan. From published rates, not measured."""
+def estimates(plan: MemoryPlan, older: MemoryPlan | None, sizes: ModelSizes, video: Video, profile: VramProfile) -> str:
+    """Seconds a step and minutes in all on the cards that could hold the plan. From published rates, not measured.
+
+    older: the plan for cards without 8-bit floats, None where it does not fit.
+    """
     from lowvram_i2v.cards import CARDS, Work, attention_time, step_seconds
     from lowvram_i2v.plan import tokens
     from lowvram_i2v.sizes import ELEMENT
 
     work, passes = Work.of(sizes.transformer, *tokens(sizes, video), ELEMENT), 2 if video.cfg else 1
-    need = (max(phase.vram for phase in plan.phases) + plan.reserve) / 2**30
     eight_bit = profile.compute == "w8a8" and sizes.scheme == "int8"
     attention = attention_time(profile.attention, profile.sparse_density, profile.sparse_after)
     lines = ["estimated, not measured, from published rates (denoising only):"]
-    for card in (card for card in CARDS if card.vram_gib >= need):
-        step = passes * step_seconds(card, work, plan.streamed, eight_bit, attention)
+    for card in CARDS:
+        own = plan if card.float8 else older
+        if own is None or card.vram_gib < (max(phase.vram for phase in own.phases) + own.reserve) / 2**30:
+            continue
+        step = passes * step_seconds(card, work, own.streamed, eight_bit, attention)
         lines.append(f"  {card.name:14} {step:6.1f} s a step, {video.steps * step / 60:5.1f} min for {video.steps}")
     return "\n".join(lines)
 

@@ -125,6 +125,7 @@ def release(device: torch.device) -> None:
 
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB that would part what the next phase can use
         torch.cuda.empty_cache()
 
 

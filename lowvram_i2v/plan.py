@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lowvram_i2v.attention.memory import extra_bytes, order_bytes
+from lowvram_i2v.attention import WRITING
+from lowvram_i2v.attention.memory import extra_bytes, gap_bytes, order_bytes
 from lowvram_i2v.dit.conditioning import conditioning_bytes, step_bytes
 from lowvram_i2v.dit.workspace import Chunking, activation_bytes
 from lowvram_i2v.errors import ResourceError
@@ -24,7 +25,7 @@ from lowvram_i2v.request import MAX_FRAMES, MAX_SIDE, MIN_FRAMES, SIZE_STEP
 from lowvram_i2v.sizes import ELEMENT, ModelSizes
 from lowvram_i2v.streaming.block_stream import streamed_places
 from lowvram_i2v.streaming.load import host_bytes
-from lowvram_i2v.text.streamed import longest_prompt, text_bytes
+from lowvram_i2v.text.streamed import longest_prompt
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.planning import decode_bytes, encode_bytes
 from lowvram_i2v.vae.planning import host_bytes as decode_host_bytes
@@ -39,7 +40,9 @@ LIBRARIES = 48 * MIB
 """Work space that the matrix libraries take from torch's allocator, once."""
 DECODE_LIBRARIES = 96 * MIB
 """The same in the decoder, where cuDNN works too. Measured: 70 to 120 MiB."""
-MARGIN = 96 * MIB
+PAGES = 16 * MIB
+"""Of the allocator's pages of 20 MiB, the last is filled in part."""
+MARGIN = 80 * MIB
 """Left free beside resident blocks: small tensors, and pages that the allocator holds between tensors."""
 FRAGMENTS = 1.12
 """Reserved to allocated bytes where tensors of many sizes come and go, in the image encoder. Measured: 1.10 to 1.14."""
@@ -164,8 +167,9 @@ def _most_resident(
     """How many blocks can stay on the device; None if not even slots for streaming fit."""
     blocks, limit = len(sizes.slabs), limit_of(profile, machine)
     wanted = blocks if profile.resident_blocks < 0 else min(profile.resident_blocks, blocks)
+    room = math.inf if limit is None else limit - _work_bytes(sizes, video, profile, machine, chunking) - MARGIN
     for resident in range(wanted, -1, -1):
-        if limit is None or _denoise_bytes(sizes, video, profile, machine, chunking, resident) + MARGIN <= limit:
+        if _block_bytes(sizes, profile, resident) <= room:
             return resident
     return None
 
@@ -212,11 +216,19 @@ def decoding_of(limit: int | None) -> DecodeChunking:
 def _denoise_bytes(
     sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking, resident: int
 ) -> int:
-    """Weights outside the blocks, resident blocks, slots, inputs, and what a step allocates."""
-    slabs, (image, text) = sizes.slabs, tokens(sizes, video)
-    places = set(streamed_places(len(slabs), resident, profile.slots))
-    staying = sum(size for place, size in enumerate(slabs) if place not in places)
-    slots = profile.slots * max((slabs[place] for place in places), default=0)
+    return _block_bytes(sizes, profile, resident) + _work_bytes(sizes, video, profile, machine, chunking)
+
+
+def _block_bytes(sizes: ModelSizes, profile: VramProfile, resident: int) -> int:
+    """Resident blocks and slots."""
+    places = set(streamed_places(len(sizes.slabs), resident, profile.slots))
+    staying = sum(size for place, size in enumerate(sizes.slabs) if place not in places)
+    return staying + profile.slots * max((sizes.slabs[place] for place in places), default=0)
+
+
+def _work_bytes(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking) -> int:
+    """Weights outside the blocks, inputs, and what a step allocates."""
+    image, text = tokens(sizes, video)
     activations = activation_bytes(
         sizes.transformer,
         image,
@@ -226,27 +238,22 @@ def _denoise_bytes(
         compute=profile.compute,
         element=ELEMENT,
         attention=_attention_bytes(sizes, video, profile, machine, chunking),
+        attention_writes=profile.attention in WRITING,
     )
-    return LIBRARIES + sizes.loop + staying + slots + _input_bytes(sizes, video) + activations
+    order = order_bytes(image, math.prod(sizes.transformer.patch_size), sizes.transformer.in_channels)
+    inputs = _input_bytes(sizes, video) + (order if profile.attention == "triton-sparse" else 0)
+    return LIBRARIES + PAGES + sizes.loop + inputs + activations
 
 
 def _attention_bytes(
     sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine, chunking: Chunking
 ) -> int:
-    """What one attention call takes beside its result, and the order of tokens where the backend has its own."""
+    """What one attention call takes beside its result."""
     config, (image, text) = sizes.transformer, tokens(sizes, video)
-    order = order_bytes(image, math.prod(config.patch_size), config.in_channels)
-    taken = extra_bytes(
-        profile.attention,
-        image // latent_frames(sizes, video),
-        image,
-        text,
-        chunking.heads,
-        config.head_dim,
-        density=profile.sparse_density,
-        value=1 if machine.float8 else 2,
-    )
-    return taken + (order if profile.attention == "triton-sparse" else 0)
+    work = image // latent_frames(sizes, video), image, text, chunking.heads, config.head_dim
+    density, value = profile.sparse_density, 1 if machine.float8 else 2
+    taken = extra_bytes(profile.attention, *work, density=density, value=value)
+    return taken + (gap_bytes(*work, density=density) if profile.attention == "triton-sparse" else 0)
 
 
 def _input_bytes(sizes: ModelSizes, video: Video) -> int:
@@ -279,7 +286,7 @@ def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: 
     ratio = sizes.vae.spatial_ratio
     latent = Shape(frames, video.height // ratio, video.width // ratio)
     text = tokens(sizes, video)[1]
-    text_vram, text_ram = text_bytes(sizes.text_encoder, sizes.text_file, ELEMENT)
+    text_vram, text_ram = sizes.text_phase
     decode_vram, decode_ram = _decode_bytes(sizes.vae, latent, profile.decode, decoding_of(limit))
     conditioning = conditioning_bytes(
         sizes.transformer, video.steps, text, video.cfg, max(sizes.modulation), ELEMENT, sizes.scheme
@@ -339,7 +346,7 @@ def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Mac
     assert limit is not None
     phases = list(_other_phases(sizes, video, profile, limit).values())
     smallest = chunkings(sizes.transformer.heads)[-1]
-    phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, machine, smallest, 0), 0))
+    phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, machine, smallest, 0) + MARGIN, 0))
     worst = max(phases, key=lambda phase: phase.vram)
     fitting = partial(fits, sizes, profile=profile, machine=machine)
     frames, size = most_frames(video, fitting), largest_size(video, fitting)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lowvram_i2v.dit.config import TransformerConfig
@@ -42,6 +43,13 @@ class ModelSizes:
     text_encoder: dict[str, Any]
     text_file: dict[str, int]
     clip: int
+
+    @cached_property
+    def text_phase(self) -> tuple[int, int]:
+        """Video memory and RAM while prompts are encoded: `text_bytes`."""
+        from lowvram_i2v.text.streamed import text_bytes
+
+        return text_bytes(self.text_encoder, self.text_file, ELEMENT)
 
 
 def sizes_of(model: ModelFolder) -> ModelSizes:

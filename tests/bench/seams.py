@@ -16,6 +16,8 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +60,12 @@ class Vae:
             return
         folder = open_model(model)
         self.config = folder.header.vae
-        for name, kind in (("encoder", VaeEncoder), ("decoder", VaeDecoder)):
-            with folder.load("vae", lambda: kind(self.config), device=device, dtype=dtype) as module:  # noqa: B023
-                setattr(self, name, module)
+        loaded = ExitStack()
+        self.encoder, self.decoder = (
+            loaded.enter_context(folder.load("vae", partial(kind, self.config), device=device, dtype=dtype))
+            for kind in (VaeEncoder, VaeDecoder)
+        )
+        self._loaded = loaded  # its end would unload them
 
     def latents(self, name: str, frames: int, height: int, width: int) -> Tensor:
         """[16, frames, height, width], as the decoder takes them."""

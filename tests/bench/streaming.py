@@ -1,9 +1,10 @@
 """Streamed against resident at full size, in one process: `python tests/bench/streaming.py --model DIR`.
 
 Runs the transformer alone, on random latents and conditioning, once for each way of holding the blocks (a number of
-resident ones, -1 for all; `:mapped` after it reads the others from the file): loads its weights, runs one small step to
-warm up, times steps by events on the device (the host waits only after the last), and prints a table row with the
-median step, peaks of device memory, and whether the results are the bits of the first row.
+resident ones, -1 for all; `:mapped` after it reads the others from the file) and each size of chunks: loads its
+weights, runs one small step to warm up, times steps by events on the device (the host waits only after the last), and
+prints a table row with the median step, peaks of device memory, and whether the results are the bits of the first row.
+`--kernels` lists what one more step runs on the device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -75,30 +77,54 @@ def _grid(inputs: Inputs) -> tuple[int, int, int]:
 
 def measure(
     model: ModelFolder, inputs: Inputs, options: argparse.Namespace, way: str, first: torch.Tensor | None
-) -> tuple[float, torch.Tensor]:
-    """One row of the table; the median step in seconds, and the result."""
+) -> list[tuple[float, torch.Tensor]]:
+    """Rows of the table, one for each size of chunks; the median step in seconds, and the result."""
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.reset_peak_memory_stats(device)
     resident, host = int(way.partition(":")[0]), way.partition(":")[2] or "pinned"
-    start = time.perf_counter()
+    start, made = time.perf_counter(), []
     with loaded(model, device, resident, options.slots, host, options.attention) as (transformer, stream):
         loading = time.perf_counter() - start
-        weights = torch.cuda.memory_allocated(device)
         set_compute(transformer, options.compute)
-        chunking = Chunking(options.rows, options.heads)
-        text = len(inputs.steps[0].txt)
-        ops = choose(device) if options.ops == "fused" else PLAIN
-        work = Workspace(model.header.transformer, len(inputs.rope[0]), text, chunking, device, torch.bfloat16, ops)
-        by_layout = attention.by_layout(options.attention, options.density, options.after)
-        guided = partial(GuidedVelocity, transformer, inputs.steps, None, 1.0)
-        order = None if by_layout is None else token_order(_grid(inputs), transformer.config.patch_size).to(device)
-        velocity = guided(inputs.rope, stream, work, by_layout, order)
-        seconds, result = time_steps(velocity, guided(_first(inputs, 2), stream, work, by_layout), inputs)
-    median = statistics.median(seconds)
-    same = "-" if first is None else "yes" if torch.equal(first, result) else "NO"
+        for rows in options.rows:
+            weights = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            velocity, warming = velocities(model, inputs, options, rows, (transformer, stream))
+            seconds, result = time_steps(velocity, warming, inputs)
+            same = "-" if first is None else "yes" if torch.equal(first, result) else "NO"
+            first = result if first is None else first
+            print_row(f"{way}, {rows}", seconds, weights, loading, same)
+            made.append((statistics.median(seconds), result))
+            if options.kernels:
+                print_kernels(velocity, inputs)
+            del velocity, warming
+            release(device)
+    release(device)
+    return made
+
+
+def velocities(
+    model: ModelFolder,
+    inputs: Inputs,
+    options: argparse.Namespace,
+    rows: int,
+    loaded: tuple[HunyuanVideoTransformer, BlockStream[torch.cuda.Event]],
+) -> tuple[GuidedVelocity, GuidedVelocity]:
+    """The whole video's, and that of two frames to warm up, in one workspace."""
+    (transformer, stream), device = loaded, inputs.latents.device
+    ops = choose(device) if options.ops == "fused" else PLAIN
+    tokens, chunking = (len(inputs.rope[0]), len(inputs.steps[0].txt)), Chunking(rows, options.heads)
+    work = Workspace(model.header.transformer, *tokens, chunking, device, torch.bfloat16, ops)
+    by_layout = attention.by_layout(options.attention, options.density, options.after)
+    guided = partial(GuidedVelocity, transformer, inputs.steps, None, 1.0)
+    order = None if by_layout is None else token_order(_grid(inputs), transformer.config.patch_size).to(device)
+    return guided(inputs.rope, stream, work, by_layout, order), guided(_first(inputs, 2), stream, work, by_layout)
+
+
+def print_row(way: str, seconds: list[float], weights: int, loading: float, same: str) -> None:
+    device = torch.cuda.current_device()
     row = [
         way,
-        f"{median:.3f} s",
+        f"{statistics.median(seconds):.3f} s",
         f"{min(seconds):.3f} .. {max(seconds):.3f} s",
         f"{statistics.mean(seconds):.3f} s",
         f"{weights / 2**30:.2f} GiB",
@@ -108,8 +134,22 @@ def measure(
         same,
     ]
     print(f"| {' | '.join(row)} |", flush=True)
-    release(device)
-    return median, result
+
+
+@torch.inference_mode()
+def print_kernels(velocity: GuidedVelocity, inputs: Inputs, most: int = 24) -> None:
+    """What one more step ran on the device, by name: how often, and for how long in all."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        velocity(inputs.latents, len(inputs.steps) - 1)
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name[:70], []).append(event.time_range.elapsed_us() / 1e3)
+    print("| kernel | calls | ms | longest |\n|---|---|---|---|")
+    for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:most]:
+        print(f"| {name} | {len(times)} | {sum(times):.1f} | {max(times):.3f} |", flush=True)
 
 
 @contextmanager
@@ -158,7 +198,8 @@ def main() -> None:
     parser.add_argument("--resident", nargs="+", default=["-1", "0"], metavar="N[:mapped]", help="-1: all")
     parser.add_argument("--compute", default="w8a16")
     parser.add_argument("--ops", default="plain", choices=("plain", "fused"), help="element-wise chains")
-    parser.add_argument("--rows", type=int, default=4096, help="tokens of a chunk")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4096], help="tokens of a chunk")
+    parser.add_argument("--kernels", action="store_true", help="list what a step runs on the device")
     parser.add_argument("--heads", type=int, default=24, help="of one attention call")
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--attention", default="sdpa")
@@ -178,13 +219,13 @@ def main() -> None:
     )
     what = f"{model.header.scheme} {options.compute}, {options.ops} ops, {options.attention}"
     print(f"{what}, {options.size}x{options.frames}, {describe(device)}")
-    print("| resident blocks | median step | min .. max | mean | weights | peak | reserved | load | same bits |")
+    print("| resident blocks, rows | median step | min .. max | mean | weights | peak | reserved | load | same bits |")
     print("|---|---|---|---|---|---|---|---|---|")
     medians, result = [], None
     for resident in options.resident:
-        median, result_now = measure(model, inputs, options, resident, result)
-        result = result_now if result is None else result
-        medians.append(median)
+        made = measure(model, inputs, options, resident, result)
+        result = made[0][1] if result is None else result
+        medians.append(made[0][0])
     for resident, median in zip(options.resident[1:], medians[1:], strict=True):
         print(f"  {resident} resident: {100 * (median / medians[0] - 1):+.2f} % of the first row's step")
 

@@ -145,7 +145,7 @@ def backend(name: str, device: torch.device) -> attention.AttentionBackend:
 def eight_bit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What `triton-int8` computes with e4m3 values, in plain torch."""
     tokens, _, dim = q.shape
-    q_codes, q_scale = definition.quantize_rows(q.transpose(0, 1))
+    q_codes, q_scale = definition.quantize_queries(q.transpose(0, 1))
     k_codes, k_scale = definition.quantize_keys(k, k.float().mean(0), 64)
     scores = q_codes.float() @ k_codes[:, :tokens].float().transpose(1, 2)
     scores *= (q_scale * dim**-0.5)[..., None] * k_scale.repeat_interleave(64, 1)[:, None, :tokens]

@@ -46,6 +46,17 @@ def test_what_fits_at_most(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"129 frames: up to \d+x\d+", size)
 
 
+def test_cards_without_8_bit_floats_take_more_where_attention_uses_them(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(profile: str, *flags: str) -> str:
+        assert main(["plan", "--profile", profile, *flags]) == 0
+        return capsys.readouterr().out
+
+    assert "RTX 30 cards" not in shown("8gb")
+    found = re.search(r"on RTX 30 cards.* takes (\d+\.\d\d) GiB, 60 blocks stay", shown("24gb-fast"))
+    assert found is not None
+    assert f"denoise        {found[1]} GiB" not in shown("24gb-fast")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
