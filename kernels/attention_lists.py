@@ -33,8 +33,6 @@ MEANS_WARPS, PLACES_OF_A_WARP = 2, 1024
 """A row of 1024 scores fits one warp's registers; so nobody waits for others some 20 times."""
 PIECE = 32
 """Tokens that `means_kernel` loads at once."""
-HEADS_FIRST = 1
-"""Whether neighbouring programs of `means_kernel` read the same tokens of neighbouring heads: one piece of memory."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ def load_block(x, start, tokens, stride, SIZE: tl.constexpr, DIM: tl.constexpr):
 def means_kernel(
     q, k, v, q_means, k_means, v_means, v_low, v_high, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
     v_head_stride, tokens, query_blocks, key_blocks,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A program takes as many tokens as the longer block has, and loads PIECE of them at once."""
     SPAN: tl.constexpr = ROWS if ROWS > KEYS else KEYS
-    head = tl.program_id(1 - HEADS_FIRST).to(tl.int64)
-    start = tl.program_id(HEADS_FIRST) * SPAN
+    start = tl.program_id(0) * SPAN
+    head = tl.program_id(1).to(tl.int64)
     channels = tl.arange(0, DIM)
     q += head * q_head_stride
     k += head * k_head_stride
@@ -211,10 +209,10 @@ def mean_blocks(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Means, Centr
     k_centre, v_centre, reach = torch.empty(3, heads, dim, dtype=torch.float32, device=k.device).unbind()
     with on_device(k):
         spans = triton.cdiv(cut.tokens, max(cut.rows, cut.keys))
-        means_kernel[(heads, spans) if HEADS_FIRST else (spans, heads)](
+        means_kernel[(spans, heads)](
             q, k, v, q_means, k_means, v_means, low, high, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             cut.tokens, cut.query_blocks, cut.key_blocks,
-            ROWS=cut.rows, KEYS=cut.keys, DIM=dim, PIECE=min(PIECE, cut.rows, cut.keys), HEADS_FIRST=HEADS_FIRST,
+            ROWS=cut.rows, KEYS=cut.keys, DIM=dim, PIECE=min(PIECE, cut.rows, cut.keys),
             num_warps=MEANS_WARPS,
         )  # fmt: skip
         centres_kernel[(dim // WIDTH, heads)](

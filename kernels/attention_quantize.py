@@ -45,6 +45,9 @@ LARGEST_VALUE = {"fp16": 1.0, "fp16_acc16": 1.0, "fp8": 448.0, "fp8_acc16": 2.25
 SMALLEST_SCALE = tl.constexpr(2.0**-60)
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it to a float32 below 2^22 rounds to the nearest integer."""
+SMALLEST_NORMAL = tl.constexpr(2.0**-6)
+SUBNORMAL_ROUNDER = tl.constexpr(1.5 * 2.0**14)
+"""Of e4m3: below 2^-6 its numbers are 2^-9 apart."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Pass:
 @dataclass(frozen=True)
 class Passes:
     statistics: Pass = Pass(16, 2, 1)
-    keys: Pass = Pass(8, 4, 2)
+    keys: Pass = Pass(8, 4, 3)
     values: Pass = Pass(4, 4, 1)
 
 
@@ -92,6 +95,18 @@ class Quantized:
 def round_codes(x):
     """x within -127.5..127.5 -> the nearest int8, halves to even: the last bits of the sum are the integer."""
     return (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def round_e4m3(x):
+    """x within -448..448 -> the nearest number of e4m3, halves to even, as float32.
+
+    Sums of codes are made of these, and nothing reads codes back: where a result of `cvt.e4m3x2` is put beside another
+    in one register and used a second time, ptxas 12.8 and 12.9 let the second use read a register of no meaning.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < SMALLEST_NORMAL, x + SUBNORMAL_ROUNDER - SUBNORMAL_ROUNDER, normal)
 
 
 @triton.jit
@@ -234,10 +249,10 @@ def values_kernel(
                           scaled_values(v, first + 8, v_stride, tokens, inverse, shift, DIM))  # fmt: skip
             high = tl.join(scaled_values(v, first + 1, v_stride, tokens, inverse, shift, DIM),
                            scaled_values(v, first + 9, v_stride, tokens, inverse, shift, DIM))  # fmt: skip
-            one = tl.reshape(tl.join(low, high), [BLOCK // 4, DIM, 4]).to(code)
-            made += tl.sum(tl.reshape(tl.sum(one.to(tl.float32), 2), [BLOCK // 4 // FOLD, FOLD, DIM]), 0)
+            four = round_e4m3(tl.reshape(tl.join(low, high), [BLOCK // 4, DIM, 4]))
+            made += tl.sum(tl.reshape(tl.sum(four, 2), [BLOCK // 4 // FOLD, FOLD, DIM]), 0)
             at = codes + channels[:, None].to(tl.int64) * padded + tile * BLOCK + tl.arange(0, BLOCK)[None, :]
-            tl.store(at, tl.reshape(tl.permute(one, 1, 0, 2), [DIM, BLOCK]))
+            tl.store(at, tl.reshape(tl.permute(four.to(code), 1, 0, 2), [DIM, BLOCK]))
         else:
             rows = tile * BLOCK + tl.arange(0, BLOCK)
             one = scaled_values(v, rows, v_stride, tokens, inverse, shift, DIM).to(code)

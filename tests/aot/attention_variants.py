@@ -73,7 +73,7 @@ def lists(card: str, tile: Tile) -> list[Variant]:
     for name, constants, warps, more in (
         (
             "means_kernel",
-            sizes | {"DIM": DIM, "HEADS_FIRST": attention_lists.HEADS_FIRST, "PIECE": attention_lists.PIECE},
+            sizes | {"DIM": DIM, "PIECE": attention_lists.PIECE},
             attention_lists.MEANS_WARPS,
             {},
         ),

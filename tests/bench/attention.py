@@ -126,7 +126,7 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def queued_seconds(call: Callable[[], object]) -> float:
+def queued_seconds(call: Callable[[], object], calls: int = QUEUED) -> float:
     """Time of a call on the device when it never waits for the host, as inside a model; median of 3."""
     call()
     times = []
@@ -134,11 +134,11 @@ def queued_seconds(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(AHEAD)
         start.record()
-        for _ in range(QUEUED):
+        for _ in range(calls):
             call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / QUEUED)
+        times.append(start.elapsed_time(end) / 1e3 / calls)
     return statistics.median(times)
 
 

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.attention import seconds  # noqa: E402
+from bench.attention import queued_seconds, seconds  # noqa: E402
 
 from lowvram_i2v.kernels import attention_int8, attention_lists, attention_quantize, attention_sparse  # noqa: E402
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence  # noqa: E402
@@ -48,7 +48,6 @@ VARIANTS: dict[str, list[tuple[ModuleType, str, object]]] = {
     "means: 16 tokens": [(LISTS, "PIECE", 16)],
     "means: 4 warps, 16 tokens": [(LISTS, "MEANS_WARPS", 4), (LISTS, "PIECE", 16)],
     "means: 4 warps": [(LISTS, "MEANS_WARPS", 4)],
-    "means: tokens first": [(LISTS, "HEADS_FIRST", 0)],
     "scores: 32 x 32": [(LISTS, "SIDE", 32)],
     "mean tiles: 2 stages": [(KERNEL, "MEAN_STAGES", 2)],
     "mean tiles: 4 stages": [(KERNEL, "MEAN_STAGES", 4)],
@@ -108,11 +107,11 @@ def speed(given: Triple, densities: list[float], tiles: list[Tile]) -> None:
     print(f"| tile | dense ms | {' | '.join(f'{d:.0%} ms | x dense' for d in densities)} |")
     print(f"|---|---|{'---|---|' * len(densities)}")
     for tile in tiles:
-        whole = 1e3 * seconds(partial(dense, *given, tile), REPEATS)
+        whole = 1e3 * queued_seconds(partial(dense, *given, tile), REPEATS)
         row = []
         for density in densities:
             call = partial(attention_sparse.attend, *given, tile, cut_of(tokens, tile, density))
-            took = 1e3 * seconds(call, REPEATS)
+            took = 1e3 * queued_seconds(call, REPEATS)
             row.append(f"{took:.2f} | {whole / took:.2f}")
         print(f"| {tile} | {whole:.2f} | {' | '.join(row)} |", flush=True)
 

@@ -12,10 +12,21 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from lowvram_i2v.kernels import attention_reference as reference
 from lowvram_i2v.kernels.attention_dense import attend
 from lowvram_i2v.kernels.attention_int8 import attend_quantized
-from lowvram_i2v.kernels.attention_quantize import LARGEST_VALUE, SAMPLED, TURN, Quantized, quantize, statistics
+from lowvram_i2v.kernels.attention_quantize import (
+    LARGEST_VALUE,
+    SAMPLED,
+    TURN,
+    Quantized,
+    quantize,
+    round_e4m3,
+    statistics,
+)
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +53,25 @@ def inputs(
     qkv[:, 1] += k_offset * torch.randn(heads, DIM, generator=generator)
     qkv[:, 2] += v_offset * torch.randn(heads, DIM, generator=generator)
     return qkv.half().to(DEVICE).unbind(1)
+
+
+@triton.jit
+def rounding_kernel(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, round_e4m3(tl.load(x + at)))
+
+
+def test_rounding_is_that_of_e4m3() -> None:
+    """All its numbers, the middles between neighbours (halves to even), and what lies just beside the middles."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(end)) for end in (0.0, 448.0)]
+    some = torch.cat([codes, middles, *beside, torch.tensor([1e-30, 3e-5, 0.01563])])
+    x = torch.zeros(1024)
+    x[: 2 * len(some)] = torch.cat([some, -some])
+    out = torch.full((1024,), torch.nan, device=DEVICE)
+    rounding_kernel[(1,)](x.to(DEVICE), out, SIZE=1024)
+    assert torch.equal(out.cpu(), x.to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
