@@ -76,7 +76,7 @@ def _add_generate(commands: Any) -> None:
         "--model",
         type=model_path,
         metavar="DIR",
-        help="model folder, as `convert` writes it; demo (default) is the small one in the package, if it has one",
+        help="model folder, as `convert` writes it; demo (default) is the small one in the package",
     )
     add("--image", type=Path, metavar="FILE", help="the picture that becomes the first frame")
     add("--prompt", metavar="TEXT", help="what happens in the video (see below)")
@@ -173,6 +173,8 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
         about = settings.get("about")
         if model is None and isinstance(about, dict) and isinstance(about.get("model"), str):
             model = model_path(about["model"])
+        if model is None:
+            raise RequestError(f"--model not given, and {options.like} does not name one", "Name the model folder.")
         request = replace(request, **given)
     else:
         missing = [f"--{name}" for name in ("image", "prompt") if name not in given]
@@ -181,8 +183,6 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
         model = model or shipped()
         known = {"frames": FRAMES, "steps": STEPS} if is_demo(model) else {}
         request = GenerateRequest(output=options.output, **{"seed": secrets.randbits(32), **known, **given})
-    if model is None:
-        raise RequestError("--model not given", "Name the folder that `lowvram-i2v convert` wrote.")
     if is_demo(model) and request.size is None and "resolution" not in given:
         request = replace(request, size=size_for(request.image))
     return request, model

@@ -26,11 +26,6 @@ def demo(folder: Path, image: Path | None, prompt: str | None, device: torch.dev
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--folder {folder} cannot be made: {error}.", "Name another folder.") from error
-    model = shipped()
-    if model is None:
-        from lowvram_i2v.random_demo import random_demo
-
-        return random_demo(folder, image, prompt, device, listen)
     if image is not None and prompt is None:
         raise RequestError("--image without --prompt.", f"Say what happens in it, such as {PROMPT!r}")
     if image is None:
@@ -42,4 +37,4 @@ def demo(folder: Path, image: Path | None, prompt: str | None, device: torch.dev
         image, prompt or PROMPT, folder / "demo.mp4", size=size_for(image), frames=FRAMES, steps=STEPS
     )
     listen(Notice(f"{image}: {request.prompt}"))
-    return generate(request, model, load_profile(DEFAULT_PROFILE), device, listen)
+    return generate(request, shipped(), load_profile(DEFAULT_PROFILE), device, listen)

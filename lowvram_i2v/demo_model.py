@@ -1,8 +1,7 @@
 """The demo model: small trained weights that ship inside the package, for `--model demo` and where no model is named.
 
-Invariants: its folder is an ordinary model folder, opened like any other and never written to; whether it is there is
-asked in `shipped` and nowhere else. No weight is read here and nothing heavy is imported. Left out: how it is made and
-what it can do (docs/demo_model.md).
+Invariants: its folder is an ordinary model folder, opened like any other and never written to. No weight is read here
+and nothing heavy is imported. Left out: how it is made and what it can do (docs/demo_model.md).
 """
 
 from __future__ import annotations
@@ -31,22 +30,21 @@ def package_file(name: str) -> Path:
     return Path(str(files("lowvram_i2v") / name)).absolute()
 
 
-def shipped() -> Path | None:
-    """The model folder; None in a tree whose weights are not trained yet."""
-    folder = package_file(FOLDER)
-    return folder if folder.is_dir() else None
+def shipped() -> Path:
+    """The model folder."""
+    return package_file(FOLDER)
 
 
 def model_path(text: str) -> Path:
     """What --model names: `demo`, also as the path that another installation recorded in a video, else a folder.
     A folder of that name is ./demo."""
     named = text == NAME or Path(text).parts[-2:] == ("lowvram_i2v", FOLDER)
-    return (shipped() if named else None) or Path(text)
+    return shipped() if named else Path(text)
 
 
-def is_demo(folder: Path | None) -> bool:
+def is_demo(folder: Path) -> bool:
     """Whether that is the demo model's folder."""
-    return folder is not None and folder == shipped()
+    return folder == shipped()
 
 
 def size_for(image: Path) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""How well the demo model animates, in numbers: `python tools/evaluate_demo.py --model DIR`, or of every way to run it:
-`python tools/evaluate_demo.py --table FILE.jsonl --models WORK`.
+"""How well the demo model animates, in numbers: `python tools/evaluate_demo.py`, `--model DIR` for another than the one
+that ships; or of every way to run it: `python tools/evaluate_demo.py --table FILE.jsonl --models WORK`.
 
 Renders held-out scenes, gives first frame and prompt to the model folder through the `pipeline.generate` that users
 run, reads the mp4s back and measures them. Prints the table; `--control` makes the videos that should score far lower:
@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from lowvram_i2v.compare import psnr, read_frames  # noqa: E402
-from lowvram_i2v.demo_model import STEPS  # noqa: E402
+from lowvram_i2v.demo_model import STEPS, model_path, shipped  # noqa: E402
 from lowvram_i2v.errors import LowVramError, RequestError  # noqa: E402
 from lowvram_i2v.events import ignore  # noqa: E402
 from lowvram_i2v.profile import DEFAULT_PROFILE  # noqa: E402
@@ -167,8 +167,6 @@ def _apart(folder: Path, other: Path, number: int) -> float:
 def _check(options: argparse.Namespace) -> None:
     if options.videos < 1:
         raise RequestError(f"--videos is {options.videos}.", "Give 1 or more.")
-    if options.control not in WITHOUT_MODEL and options.model is None:
-        raise RequestError("--model not given.", "Name a model folder, or a --control that needs none.")
     if options.against and options.control in WITHOUT_MODEL:
         raise RequestError(f"--control {options.control} leaves no videos to compare.", "Leave --against out.")
     if options.against:
@@ -186,7 +184,7 @@ def _check(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("evaluate_demo", description="Measures the videos of the demo model.")
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="model folder")
+    add("--model", type=model_path, default=shipped(), metavar="DIR", help="model folder (default: the one that ships)")
     add("--videos", type=int, default=100, metavar="N", help="(default %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the scenes and the noise (default %(default)s)")
     add("--steps", type=int, default=STEPS, metavar="N", help="denoising steps (default %(default)s)")

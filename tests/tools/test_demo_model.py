@@ -1,13 +1,13 @@
-"""The demo model's place: `--model demo`, the default, `lowvram-i2v demo`, and what the package carries.
-
-A micro-trained export stands where the trained folder will ship.
-"""
+"""The demo model that ships: `--model demo`, the default, `lowvram-i2v demo`, what the package carries, and its quality
+on a few held-out scenes."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tomllib
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +16,24 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-import training_micro as micro
 from PIL import Image
 
 from lowvram_i2v import cli, demo_model
 from lowvram_i2v.checkpoint import open_model
-from lowvram_i2v.compare import read_frames
+from lowvram_i2v.compare import psnr, read_frames
 from lowvram_i2v.errors import CheckpointError, RequestError
 from lowvram_i2v.events import ignore
 from lowvram_i2v.pipeline import generate
 from lowvram_i2v.profile import load_profile
 from lowvram_i2v.request import GenerateRequest
-from lowvram_i2v.video import read_settings
+from lowvram_i2v.vae.decoder import VaeDecoder
+from lowvram_i2v.vae.encoder import VaeEncoder
+from lowvram_i2v.video import read_settings, write_video
 from tools import ship_demo
 from tools.attention_stand_in import attend
 from tools.demo_table import frames_of
-from tools.train_demo import flow, scenes, text, vae
-from tools.train_demo.export import export
+from tools.train_demo import scenes
+from tools.train_demo.evaluation import judge
 from tools.train_demo.render import render
 from tools.train_demo.sizes import DEMO, MOST_BYTES
 
@@ -40,34 +41,17 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--steps", "2", "--frames", "5", "--device", "cpu")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the micro model, hardly trained."""
-    run = micro.run(tmp_path_factory.mktemp("work"))
-    recipe = replace(micro.MICRO, **{name: micro.stage(1, 1, 1e-3) for name in ("vae", "text")})
-    recipe = replace(recipe, flow=micro.stage(3, 1, 1e-2))  # the gates open in the second step
-    with micro.clips() as source:
-        vae.train(recipe, source, run)
-        text.prepare(recipe, micro.prompts(), run.work)
-        text.train(recipe, micro.COUNTS, source, run)
-        flow.train(recipe, source, run)
-    return export(recipe, run)
+SHIPPED = demo_model.shipped()
+HELD_OUT = [scenes.draw_scene(0, number, held_out=True, size=(128, 128)) for number in range(3)]
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in place of the package's; it holds the picture and no weights."""
-    folder = tmp_path / "lowvram_i2v"
-    folder.mkdir()
-    shutil.copy(demo_model.package_file(demo_model.PICTURE), folder)
-    monkeypatch.setattr(demo_model, "files", lambda _: folder)
-    return folder
-
-
-@pytest.fixture
-def placed(package: Path, trained: Path) -> Path:
-    ship_demo.place(trained, package / demo_model.FOLDER)
-    return package / demo_model.FOLDER
+@pytest.fixture(autouse=True, scope="module")
+def libraries_are_not_garbage() -> Iterator[None]:
+    """Each phase of a run collects; looking through the libraries takes longer than most phases here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -77,15 +61,11 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-def test_one_place_says_whether_it_is_there(package: Path, trained: Path) -> None:
-    assert demo_model.shipped() is None
-    assert demo_model.model_path("demo") == Path("demo")
-    assert not demo_model.is_demo(None)
-    ship_demo.place(trained, package / demo_model.FOLDER)
-    assert demo_model.shipped() == package / demo_model.FOLDER
-    assert demo_model.is_demo(demo_model.model_path("demo"))
-    assert demo_model.is_demo(demo_model.model_path("/elsewhere/lowvram_i2v/demo_weights"))
+def test_its_name_and_its_place_anywhere_mean_it() -> None:
+    for named in ("demo", "/elsewhere/lowvram_i2v/demo_weights"):
+        assert demo_model.is_demo(demo_model.model_path(named))
     assert demo_model.model_path("other") == Path("other")
+    assert not demo_model.is_demo(Path("demo"))
 
 
 @pytest.fixture
@@ -105,11 +85,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[GenerateRequest, Path]]
 
 
 def test_it_is_the_default_and_a_video_of_it_can_be_repeated(
-    placed: Path,
-    photo: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     out = tmp_path / "out.mp4"
     flags = ["generate", "--image", str(photo), "--prompt", "A red square moves left.", "--output", str(out)]
@@ -123,18 +99,28 @@ def test_it_is_the_default_and_a_video_of_it_can_be_repeated(
     repeat = ["generate", "--like", str(out), "--output", str(tmp_path / "again.mp4"), "--device", "cpu"]
     assert cli.main(repeat) == 0
     assert cli.main([*repeat, "--image", str(wide)]) == 0
-    assert [(one.size, one.frames, folder) for one, folder in asked] == [((32, 48), 5, placed), ((192, 128), 5, placed)]
+    assert [(one.size, one.frames) for one, _ in asked] == [((32, 48), 5), ((192, 128), 5)]
+    assert {folder for _, folder in asked} == {SHIPPED}
+
+
+def test_a_video_that_names_no_model_is_not_repeated_with_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = GenerateRequest(tmp_path / "photo.png", "x", tmp_path / "out.mp4").to_settings()
+    write_video(np.zeros((5, 32, 32, 3), np.uint8), tmp_path / "out.mp4", 24, settings)
+    assert cli.main(["generate", "--like", str(tmp_path / "out.mp4"), "--output", str(tmp_path / "again.mp4")]) == 1
+    assert "--model not given" in capsys.readouterr().err
 
 
 def test_what_it_knows_is_the_default_and_flags_win(
-    placed: Path, photo: Path, tmp_path: Path, asked: list[tuple[GenerateRequest, Path]]
+    photo: Path, tmp_path: Path, asked: list[tuple[GenerateRequest, Path]]
 ) -> None:
     flags = ["generate", "--image", str(photo), "--prompt", "x", "--output", str(tmp_path / "o.mp4"), "--device", "cpu"]
     assert cli.main([*flags, "--model", "demo"]) == 0
     assert cli.main([*flags, "--resolution", "360p", "--frames", "9", "--steps", "3"]) == 0
     assert cli.main([*flags, "--size", "64x64"]) == 0
     assert cli.main([*flags, "--model", "another"]) == 0
-    assert [folder for _, folder in asked] == [placed, placed, placed, Path("another")]
+    assert [folder for _, folder in asked] == [SHIPPED, SHIPPED, SHIPPED, Path("another")]
     settings = [(request.size, request.resolution, request.frames, request.steps) for request, _ in asked]
     assert settings == [
         ((128, 192), "720p", demo_model.FRAMES, demo_model.STEPS),
@@ -144,36 +130,23 @@ def test_what_it_knows_is_the_default_and_flags_win(
     ]
 
 
-@pytest.mark.usefixtures("package")
-def test_without_weights_a_model_has_to_be_named(
-    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["generate", "--image", str(photo), "--prompt", "x", "--output", str(tmp_path / "o.mp4"), *SHORT]
-    assert cli.main(flags) == 1
-    assert "--model not given" in capsys.readouterr().err
-    assert cli.main([*flags, "--model", "demo"]) == 1
-    assert "model.json" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("placed")
 def test_the_demo_animates_its_picture_and_writes_nowhere_else(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lowvram_i2v import demo
 
     monkeypatch.setattr(demo, "STEPS", 1)
     monkeypatch.setattr(demo, "FRAMES", 5)
-    before = {path: path.stat().st_mtime_ns for path in package.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in SHIPPED.parent.rglob("*")}
     out = tmp_path / "new" / "out"
     assert cli.main(["demo", "--folder", str(out), "--device", "cpu"]) == 0
     assert capsys.readouterr().out.strip() == str(out / "demo.mp4")
     assert {path.name for path in out.iterdir()} == {"demo.mp4", "demo.mp4.json", demo_model.PICTURE}
     settings = read_settings(out / "demo.mp4")
     assert (settings["prompt"], settings["size"], settings["frames"]) == (demo_model.PROMPT, [192, 128], 5)
-    assert {path: path.stat().st_mtime_ns for path in package.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in SHIPPED.parent.rglob("*")} == before
 
 
-@pytest.mark.usefixtures("placed")
 def test_a_picture_of_ones_own_needs_a_prompt(
     photo: Path, tmp_path: Path, asked: list[tuple[GenerateRequest, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,19 +161,19 @@ def test_a_picture_of_ones_own_needs_a_prompt(
     assert "cannot be made" in capsys.readouterr().err
 
 
-def test_the_table_sees_the_frames_that_the_file_gets(trained: Path, photo: Path, tmp_path: Path) -> None:
+def test_the_table_sees_the_frames_that_the_file_gets(photo: Path, tmp_path: Path) -> None:
     """`tools.demo_table` runs the same phases; what cannot run here is refused, never replaced."""
     cpu, profile = torch.device("cpu"), load_profile("auto")
     request = GenerateRequest(photo, "A red square moves left.", tmp_path / "o.mp4", size=(32, 48), frames=5, steps=2)
-    frames = frames_of(request, trained, profile, cpu)
+    frames = frames_of(request, SHIPPED, profile, cpu)
     assert frames.shape == (5, 48, 32, 3)
-    with closing(read_frames(generate(request, trained, profile, cpu, ignore))) as written:
+    with closing(read_frames(generate(request, SHIPPED, profile, cpu, ignore))) as written:
         assert np.abs(np.stack(list(written)).astype(int) - frames).mean() < 12  # H.264, colours at half the size
-    eight_bit = frames_of(request, trained, profile, cpu, stand_in=attend)
+    eight_bit = frames_of(request, SHIPPED, profile, cpu, stand_in=attend)
     assert not np.array_equal(eight_bit, frames)
     assert np.abs(eight_bit.astype(int) - frames).max() < 40
     with pytest.raises(RequestError, match="cannot run here"):
-        frames_of(request, trained, replace(profile, attention="triton-int8"), cpu)
+        frames_of(request, SHIPPED, replace(profile, attention="triton-int8"), cpu)
 
 
 def test_sizes_and_frames_are_those_of_the_training(photo: Path, tmp_path: Path) -> None:
@@ -222,11 +195,14 @@ def test_the_picture_is_what_the_code_draws() -> None:
 
 
 def test_what_cannot_ship_is_refused(
-    package: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = package / demo_model.FOLDER
-    other = tmp_path / "model-bf16"
-    shutil.copytree(trained, other)
+    monkeypatch.setattr(demo_model, "files", lambda _: tmp_path)  # in place of the package
+    other, target = tmp_path / "model-bf16", tmp_path / demo_model.FOLDER
+    shutil.copytree(SHIPPED, other)
+    ship_demo.main(["--picture"])
+    ship_demo.place(other, target)
+    assert open_model(target).header.scheme == "int8"
     records = json.loads((other / "model.json").read_text())
     records["components"]["transformer"]["scheme"] = "bf16"
     (other / "model.json").write_text(json.dumps(records))
@@ -236,20 +212,15 @@ def test_what_cannot_ship_is_refused(
     assert "model.json" in capsys.readouterr().err
     monkeypatch.setattr(ship_demo, "MOST_BYTES", 1000)
     with pytest.raises(CheckpointError, match="at most 1000"):
-        ship_demo.place(trained, target)
-    assert not target.exists()
+        ship_demo.place(SHIPPED, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
-def test_the_wheel_contains_picture_and_weights(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What setuptools copies of a tree laid out and configured like this one, with weights in place."""
+def test_the_wheel_contains_picture_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setuptools copies of this tree."""
     setuptools = pytest.importorskip("setuptools")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    tree = tmp_path / "tree"
-    shutil.copytree(
-        ROOT / "lowvram_i2v", tree / "lowvram_i2v", ignore=shutil.ignore_patterns("__pycache__", demo_model.FOLDER)
-    )
-    shutil.copytree(trained, tree / "lowvram_i2v" / demo_model.FOLDER)
-    monkeypatch.chdir(tree)
+    monkeypatch.chdir(ROOT)
     distribution = setuptools.Distribution(
         {
             "name": "lowvram-i2v",
@@ -266,11 +237,45 @@ def test_the_wheel_contains_picture_and_weights(trained: Path, tmp_path: Path, m
     built = tmp_path / "lib" / "lowvram_i2v"
     assert (built / demo_model.PICTURE).is_file()
     assert open_model(built / demo_model.FOLDER).header.scheme == "int8"
-    files = {path.relative_to(trained) for path in trained.rglob("*") if path.is_file()}
     copied = built / demo_model.FOLDER
-    assert {path.relative_to(copied) for path in copied.rglob("*") if path.is_file()} == files
+    assert names_in(copied) == names_in(SHIPPED)
+
+
+def names_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_ships_is_small_enough() -> None:
-    files = [demo_model.package_file(demo_model.PICTURE), *demo_model.package_file(demo_model.FOLDER).rglob("*")]
+    files = [demo_model.package_file(demo_model.PICTURE), *SHIPPED.rglob("*")]
     assert sum(path.stat().st_size for path in files if path.is_file()) <= MOST_BYTES
+
+
+def test_held_out_scenes_move_as_their_prompts_say(tmp_path: Path) -> None:
+    cpu, profile = torch.device("cpu"), load_profile("auto")
+    for number, scene in enumerate(HELD_OUT):
+        Image.fromarray(render(scene)[0]).save(tmp_path / "picture.png")
+        request = GenerateRequest(
+            *(tmp_path / "picture.png", scene.prompt, tmp_path / "video.mp4"),
+            size=scene.size,
+            frames=scene.frames,
+            steps=demo_model.STEPS,
+            seed=number,
+        )
+        result = judge(scene, frames_of(request, SHIPPED, profile, cpu))
+        assert result.right, (result.prompt, result.measured)
+        assert result.psnr >= 28
+        assert result.colour_kept
+
+
+def test_its_vae_gives_held_out_videos_back() -> None:
+    model = open_model(SHIPPED)
+    config, float32 = model.header.vae, torch.float32
+    with (
+        model.load("vae", lambda: VaeEncoder(config), device=torch.device("cpu"), dtype=float32) as encoder,
+        model.load("vae", lambda: VaeDecoder(config), device=torch.device("cpu"), dtype=float32) as decoder,
+        torch.inference_mode(),
+    ):
+        for scene in HELD_OUT[:2]:
+            video = torch.from_numpy(render(scene)[:17]).permute(3, 0, 1, 2) / 127.5 - 1
+            back = decoder.decode(encoder.encode(video)[0]).clamp(-1, 1)
+            assert psnr(float((127.5 * (back - video)).square().mean())) >= 30

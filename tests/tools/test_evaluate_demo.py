@@ -74,8 +74,8 @@ def test_the_shuffled_control_asks_for_something_else(perfect_model: list[Genera
     ("flags", "words"),
     [
         (["--videos", "0", "--control", "static"], "--videos is 0"),
-        ([], "--model not given"),
-        (["--model", "m", "--against", "nowhere"], "lacks 100 of 100"),
+        (["--model", "nowhere"], "model.json"),
+        (["--against", "nowhere"], "lacks 100 of 100"),
         (["--control", "static", "--against", "nowhere"], "leaves no videos"),
     ],
 )
