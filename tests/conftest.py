@@ -1,6 +1,7 @@
 """Shared by all tests: few threads of torch, Triton's interpreter where there is no GPU, reproducible property tests,
-a cache of their own, GPU tests skipped without a GPU."""
+a cache of their own, GPU tests skipped without a GPU, garbage looked for among few objects."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel's file is imported: `triton.jit` looks at it there
 settings.register_profile("repo", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repo")
+MANY_OBJECTS = 50_000
+"""More than a test makes, and less than what an import of transformers does."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,6 +24,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWVRAM_I2V_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_runtest_setup() -> None:
+    """Every phase of a run ends with a full collection. With all that the tests import, each would take half a second:
+    what is alive before a test is not looked at again."""
+    if len(gc.get_objects()) > MANY_OBJECTS:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from lowvram_i2v.vae.route import OUT_CHANNELS, Rows, Segment, Shape, Stage, bands, rows_through, spans
+from lowvram_i2v.vae.route import OUT_CHANNELS, Rows, Segment, Shape, Stage, bands, rows_through
 
 ALIGNED = 512  # bytes; what the fastest kernels ask of an address divides it
 KEYS = 2048  # keys that a frame's attention looks at in one matrix product
@@ -63,11 +64,16 @@ class Ends:
     @property
     def low(self) -> int:
         """Bytes from the low end up to the last taken one."""
-        return max((place.start + place.size for place in self._low), default=0)
+        return _end(self._low)
 
     @property
     def extent(self) -> int:
-        return self.low + max((place.start + place.size for place in self._high), default=0)
+        return _end(self._low) + _end(self._high)
+
+
+def _end(taken: list[Place]) -> int:
+    """Of places in order, none over another: where the last one ends."""
+    return taken[-1].start + taken[-1].size if taken else 0
 
 
 def aligned(size: int) -> int:
@@ -97,8 +103,16 @@ class Layout:
     sent: tuple[tuple[Place, ...], tuple[Place, ...]] = ((), ())
 
 
+class _Lines(NamedTuple):
+    """Rows of one stage's tensors in the band that needs the most: its input, that with what is padded, its output."""
+
+    read: int
+    padded: int
+    made: int
+
+
 class _Sizes(NamedTuple):
-    """Bytes of one stage's tensors for one chunk."""
+    """Bytes of one stage's tensors in the largest chunk."""
 
     carry: int
     padded: int
@@ -119,7 +133,7 @@ def chunk_layout(
     element: bytes of a number. The convolution's input lies at the high end while it is needed, what it makes at the
     low end; an upsampling has it the other way round, because its phases are freed before what is made of them.
     """
-    sizes, read, sent = _largest(part, before, segment, element)
+    sizes, read, sent = _largest(tuple(part), before, segment, element)
     ends = Ends()
     carries = [ends.take(size.carry) for size in sizes]
     reads = [tuple(ends.take(read) for _ in range(2 * host)) for host in from_host]
@@ -151,46 +165,51 @@ def chunk_layout(
     return Layout(ends.most, tuple(buffers), (reads[0], reads[1]), (sends[0], sends[1]))
 
 
-def _largest(part: Sequence[Stage], before: Shape, segment: Segment, element: int) -> tuple[list[_Sizes], int, int]:
+def _largest(part: tuple[Stage, ...], before: Shape, segment: Segment, element: int) -> tuple[list[_Sizes], int, int]:
     """Each stage's sizes in the largest chunk, and the bytes read and written at a time."""
-    space = prod(stage.space for stage in part)
-    height = before.height * space
-    frames = max(last - first for first, last in spans(before.frames, segment.frames))
-    cores = bands(height, segment.rows)
-    # near an edge of the picture bands may differ, elsewhere only by where they begin in a row of the input
-    edge = (len(part) + 2) * space // cores[0][1] + 2
-    found = [_sizes(part, before, frames, core, element) for core in {*cores[: edge + space], *cores[-edge:]}]
-    most = [
-        _Sizes(*map(max, zip(*stage, strict=True))) for stage in zip(*(sizes for sizes, _, _ in found), strict=True)
-    ]
-    return most, max(read for _, read, _ in found), max(sent for _, _, sent in found)
-
-
-def _sizes(
-    part: Sequence[Stage], before: Shape, frames: int, core: Rows, element: int
-) -> tuple[list[_Sizes], int, int]:
-    """Of a chunk of `frames` frames in the band that makes the rows `core`."""
-    rows, shape = rows_through(part, core, before)[0], before
-    read = element * frames * (rows[1] - rows[0]) * shape.width * part[0].inputs
+    lines, core = _most_lines(part, before.height, segment.rows)
+    frames, shape = min(segment.frames, before.frames), before
+    read = element * frames * lines[0].read * shape.width * part[0].inputs
     found: list[_Sizes] = []
-    for stage in part:
-        padded_rows = rows[1] - rows[0] + (rows[0] == 0) + (rows[1] == shape.height)
-        line = element * padded_rows * (shape.width + 2) * stage.inputs
-        made, values, narrow = stage.rows_made(rows, shape.height), 0, 0
-        high, after = made[1] - made[0], stage.shape(shape)
+    for stage, rows in zip(part, lines, strict=True):
+        line = element * rows.padded * (shape.width + 2) * stage.inputs
+        values, narrow, after = 0, 0, stage.shape(shape)
         padded = (stage.past + frames) * line
         if stage.kind == "up":
-            out = element * frames * (padded_rows - 1) * (shape.width + 1) * 4 * stage.time * stage.outputs
+            out = element * frames * (rows.padded - 1) * (shape.width + 1) * 4 * stage.time * stage.outputs
             frames *= stage.time
-            values = element * frames * high * after.width * stage.outputs
+            values = element * frames * rows.made * after.width * stage.outputs
         else:
-            out = element * frames * high * shape.width * (OUT_CHANNELS if stage.kind == "out" else stage.outputs)
+            out = element * frames * rows.made * shape.width * (OUT_CHANNELS if stage.kind == "out" else stage.outputs)
         if stage.narrows:
-            narrow = element * frames * (rows[1] - rows[0]) * shape.width * stage.outputs
+            narrow = element * frames * rows.read * shape.width * stage.outputs
         found.append(_Sizes(stage.past * line, padded, out, values, narrow))
-        rows, shape = made, after
-    sent = element * frames * (core[1] - core[0]) * shape.width * part[-1].outputs
+        shape = after
+    sent = element * frames * core * shape.width * part[-1].outputs
     return found, read, sent
+
+
+@lru_cache(maxsize=4096)  # a search asks for the same rows with other frames, another width, or another memory
+def _most_lines(part: tuple[Stage, ...], height: int, rows: int) -> tuple[tuple[_Lines, ...], int]:
+    """The most rows of each stage, of an input `height` high, in bands of at most `rows` rows; and of a band."""
+    space = prod(stage.space for stage in part)
+    cores = bands(height * space, rows)
+    # near an edge of the picture bands may differ, elsewhere only by where they begin in a row of the input
+    edge = (len(part) + 2) * space // cores[0][1] + 2
+    some = {*cores[: edge + space], *cores[-edge:]}
+    by_stage = zip(*(_lines(part, height, core) for core in some), strict=True)
+    most = tuple(_Lines(*map(max, zip(*stage, strict=True))) for stage in by_stage)
+    return most, max(last - first for first, last in some)
+
+
+def _lines(part: tuple[Stage, ...], height: int, core: Rows) -> list[_Lines]:
+    """Of the band that makes the rows `core`."""
+    rows, found = rows_through(part, core, Shape(1, height, 1))[0], []
+    for stage in part:
+        read, made = rows[1] - rows[0], stage.rows_made(rows, height)
+        found.append(_Lines(read, read + (rows[0] == 0) + (rows[1] == height), made[1] - made[0]))
+        rows, height = made, height * stage.space
+    return found
 
 
 @dataclass(frozen=True)

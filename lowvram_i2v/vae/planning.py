@@ -224,12 +224,16 @@ class _Walker:
 
     def advance(self) -> Step:
         """The next segment: the first choice that fits without making much more work, or else that fits at all."""
-        choices = [(segment, self._trial(segment)) for segment in self._choices()]
-        for worth in (WORTH, float("inf")):
-            for segment, trial in choices:
-                chunked = self._fitted(segment, trial, worth)
-                if chunked is not None:
-                    return self.taken(chunked)
+        fitting: list[Segment] = []
+        for segment in self._choices():
+            found = self._fitted(segment, self._trial(segment))
+            if found is None:
+                continue
+            if found[1] <= WORTH:
+                return self.taken(found[0])
+            fitting.append(found[0])
+        if fitting:
+            return self.taken(fitting[0])
         raise ResourceError(
             f"decoding {self.shape.frames} frames of {self.shape.width}x{self.shape.height} values at stage "
             f"{self.index} does not fit in {self._chunking.device_bytes / 2**30:.2f} GiB of video memory and "
@@ -354,14 +358,14 @@ class _Walker:
         trunk = trial.trunk or self._trunk
         return (host(self._trunk), host(self._branch)), (host(trunk) and writes, host(trial.branch))
 
-    def _fitted(self, segment: Segment, trial: _Trial, worth: float) -> Segment | None:
-        """The segment with the best chunks that fit beside what is kept meanwhile."""
+    def _fitted(self, segment: Segment, trial: _Trial) -> tuple[Segment, float] | None:
+        """The segment with the best chunks that fit beside what is kept meanwhile, and `_work` of it."""
         room = self._chunking.device_bytes - self._fixed - trial.device.extent
         if trial.host.extent + self._video.size > self._chunking.host_bytes:
             return None
         part = self.stages[segment.first : segment.last]
         if part[0].kind == "attend":
-            return segment if self._layout(segment, trial).size <= room else None
+            return (segment, 1.0) if self._layout(segment, trial).size <= room else None
         if part[0].kind == "in":  # what is kept now is there when the attention comes
             attention = attention_layout(self.shape, part[0].outputs, self._element, segment.trunk == "host")
             if attention.size > room:
@@ -370,8 +374,7 @@ class _Walker:
         def fits(chunked: Segment) -> bool:
             return self._layout(chunked, trial).size <= min(room, LARGEST * self._element)
 
-        chunked = _best_chunks(part, self.shape, segment, self._chunking.frames, fits)
-        return chunked[0] if chunked is not None and chunked[1] <= worth else None
+        return _best_chunks(part, self.shape, segment, self._chunking.frames, fits)
 
     def _after(self, segment: Segment) -> Shape:
         shape = self.shape
@@ -387,19 +390,28 @@ def _best_chunks(
     height = before.height * prod(stage.space for stage in part)
     best: tuple[Segment, float] | None = None
     frames = most
+    while frames // 2 >= before.frames:  # all the same chunk
+        frames //= 2
     while frames:
         chunked = replace(segment, frames=min(frames, before.frames))
-        count = bisect_left(
-            range(1, height + 1),
-            True,
-            key=lambda count: fits(_in_bands(chunked, height, count)),
-        )
-        if count < height:
-            chunked = _in_bands(chunked, height, count + 1)
+        count = _fewest_bands(chunked, height, fits)
+        if count:
+            chunked = _in_bands(chunked, height, count)
             work = _work(part, before, chunked)
             best = (chunked, work) if best is None or work < best[1] else best
         frames //= 2
     return best
+
+
+def _fewest_bands(segment: Segment, height: int, fits: Callable[[Segment], bool]) -> int:
+    """Into how many bands the rows are cut at least, 0 if bands of one row are still too much."""
+
+    def fits_in(count: int) -> bool:
+        return fits(_in_bands(segment, height, count))
+
+    if fits_in(1):
+        return 1
+    return 1 + bisect_left(range(1, height + 1), True, key=fits_in) if fits_in(height) else 0
 
 
 def _in_bands(segment: Segment, height: int, count: int) -> Segment:

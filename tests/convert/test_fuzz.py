@@ -1,26 +1,16 @@
 """Damaged and hostile weights of every layout: always one of the program's errors or a correct file.
 
 2000 mutations in all, an equal share for each subject: bytes of headers, sizes, dtypes, lengths of files, values of
-JSON, pickles that run code. Each goes through `inspect` and `convert`, and a model folder through `open_model` and
-`verify` too, in a process of its own that may take 2 GiB more than it has after it was warmed up: a crash, a hang or a
-large allocation is that process's, and seen here.
-
-This file is also that process's program: it reads a JSON request a line, and answers each with what is wrong ("" if
-nothing is). Left out: the arithmetic, which other tests compare.
+JSON, pickles that run code. A process of the subject's own says how each is taken (`conversion_judge`). Left out: the
+arithmetic, which other tests compare.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickletools
-import resource
-import select
 import shutil
 import struct
-import subprocess
-import sys
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,50 +22,27 @@ from typing import Any
 import encoder_layouts
 import pytest
 import torch
+from conversion_judge import Judge, Program, Subject
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from transformer_layouts import TINY, fp8_scaled, in_blocks, official_state, quanto_int8, write
 
-from lowvram_i2v.checkpoint import component_file, open_model, read_records
+from lowvram_i2v.checkpoint import component_file
 from lowvram_i2v.convert.convert import convert
-from lowvram_i2v.convert.inspect import inspect
-from lowvram_i2v.convert.origin import EXPECTED, Component, Origin
-from lowvram_i2v.convert.shapes import transformer_shapes, vae_shapes
-from lowvram_i2v.convert.sources import ComponentSource
-from lowvram_i2v.convert.sources.pieces import Pieces
-from lowvram_i2v.convert.verify import verify
-from lowvram_i2v.convert.writer import PART
-from lowvram_i2v.dit.config import TransformerConfig
-from lowvram_i2v.errors import LowVramError
-from lowvram_i2v.kernels.scheme import SCHEMES, is_marker
+from lowvram_i2v.convert.shapes import vae_shapes
 from lowvram_i2v.synth import synth
 from lowvram_i2v.synth.weights import random_tensors
 from lowvram_i2v.vae.config import VaeConfig
 
 MUTATIONS = 2000
-SECONDS, MEMORY = 10.0, 2 * 2**30
 CANARY = "code_was_run"
 CONFIG = replace(TINY, double_blocks=1, single_blocks=1, refiner_blocks=1, mlp_ratio=0.25)
 VAE = VaeConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1)
 TREE_VAE = "hunyuan-video-i2v-720p/vae"
-SCALES = tuple(f".{part}" for scheme in SCHEMES.values() for part in scheme.parts(2, 64) if part != "weight")
 
 
 # ------------------------------------------------------------------------------------------------------------ subjects
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Weights of one layout. sources: paths below `folder` that can be converted, each with the same weights, "" for
-    the folder itself. damaged: files that mutations change. vision: the other piece of a text encoder."""
-
-    component: str
-    folder: Path
-    sources: tuple[str, ...]
-    damaged: tuple[str, ...]
-    vision: Path | None = None
 
 
 def _transformer(folder: Path, name: str, save: Callable[[Path], object]) -> Subject:
@@ -208,7 +175,7 @@ def edited(name: str, data: bytes, edit: Edit) -> bytes:
     if edit.kind in ("code", "opcode") and data[:4] == b"PK\x03\x04":
         try:
             return _with_pickle(data, edit)
-        except (zipfile.BadZipFile, StopIteration, OSError, ValueError, NotImplementedError, EOFError):
+        except (zipfile.BadZipFile, StopIteration, OSError, ValueError, RuntimeError, EOFError):
             return data[: edit.place % len(data)]  # another edit has damaged the archive
     if edit.kind == "cut":
         return data[: edit.place % max(1, len(data))]
@@ -329,161 +296,35 @@ def _with_pickle(archive: bytes, edit: Edit) -> bytes:
     return result.getvalue()
 
 
-# ------------------------------------------------------------------------------------------------- the other process
-
-
-def judge(request: dict[str, Any]) -> str:
-    """What is wrong with how one mutation is taken; "" if nothing is."""
-    source, destination, component = Path(request["source"]), Path(request["destination"]), request["component"]
-    vision = Path(request["vision"]) if request["vision"] else None
-    origin = Origin(source) if vision is None else Origin(pieces=Pieces(text_encoder=source, vision=vision))
-    is_model = request["is_model"]
-    actions: list[Callable[[], object]] = [lambda: "\n".join(inspect(source)).encode()]
-    if is_model:
-        against = source.parent / "released"
-        actions += [lambda: open_model(source), lambda: verify(source), lambda: verify(source, against)]
-    for action in actions:
-        fault, _ = _attempt(action)
-        if fault:
-            return fault
-    before = _snapshot(destination)
-    fault, converted = _attempt(lambda: convert(origin, destination, request["scheme"], (component,)))
-    if not fault and converted:
-        fault, readable = _attempt(lambda: _check_file(destination, component))
-        fault = fault or ("" if readable else "what was written cannot be read")
-    if not fault and not converted and _snapshot(destination) != before:
-        fault = f"refused, and left {_snapshot(destination)} where {before} was"
-    return fault or "".join(f"left {path}" for path in destination.rglob(f"*{PART}"))
-
-
-def _attempt(action: Callable[[], object]) -> tuple[str, bool]:
-    """(what is wrong, whether it went through)."""
-    try:
-        action()
-    except LowVramError as error:
-        str(error).encode()
-        return "", False
-    except BaseException:  # noqa: BLE001  (reported to the test)
-        return traceback.format_exc()[-4000:], False
-    return "", True
-
-
-def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of what a model folder is made of, but tokenizers, which come before the weights."""
-    files = (*folder.glob("*.safetensors"), *folder.glob("model.json"))
-    return {path.name: (path.stat().st_ino, path.stat().st_size) for path in files}
-
-
-def _check_file(folder: Path, component: str) -> None:
-    """safetensors' own reader opens it, and it has the names and shapes that the recorded config asks for."""
-    record = read_records(folder).components[component]
-    with safe_open(folder / component_file(component), "pt") as file:
-        shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}  # noqa: SIM118
-    source = ComponentSource(folder, 0, {}, record.config)
-    if component == "transformer":
-        expected = transformer_shapes(TransformerConfig.from_dict(record.config))
-    else:
-        expected = EXPECTED[component](Component(component, source, record.config, None))
-    plain = {name: shape for name, shape in shapes.items() if not is_marker(name) and not name.endswith(SCALES)}
-    assert plain == expected, f"other names or shapes than {record.config}"
-    assert set(record.checksums) == set(shapes)
-
-
-def _serve() -> None:
-    """Answers requests until the input ends. The first one, on good weights, brings all code and threads into memory;
-    then the limit is set."""
-    os.fsync = lambda descriptor: None  # the disk is no part of this
-    torch.set_num_threads(1)
-    for number, line in enumerate(sys.stdin):
-        print("\0" + json.dumps(judge(json.loads(line))), flush=True)
-        if number == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-class Judge:
-    """The other process, started anew when it crashed or hung."""
-
-    def __init__(self, subject: Subject, folder: Path) -> None:
-        self.subject, self.folder = subject, folder
-        self.process: subprocess.Popen[bytes] | None = None
-        self.good = {name: (subject.folder / name).read_bytes() for name in subject.damaged}
-
-    def start(self) -> None:
-        root = Path(__file__).parents[2]
-        paths = os.pathsep.join((str(root), str(root / "tests")))
-        environment = os.environ | {"PYTHONPATH": paths, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-        environment |= {"CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder, env=environment
-        )
-        for source in self.subject.sources:
-            assert self.ask(source, fresh=True, seconds=120) == ""
-            assert (self.folder / "destination" / component_file(self.subject.component)).is_file()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-    def ask(self, source: str, fresh: bool, seconds: float = SECONDS) -> str:
-        destination, is_model = self.folder / "destination", (self.subject.folder / "model.json").is_file()
-        if fresh:
-            shutil.rmtree(destination, ignore_errors=True)
-        request = {
-            "source": str(self.subject.folder / source),
-            "vision": str(self.subject.vision or ""),
-            "destination": str(destination),
-            "component": self.subject.component,
-            "is_model": is_model,
-            "scheme": "bf16" if is_model else "int8",
-        }
-        assert self.process and self.process.stdin and self.process.stdout  # noqa: PT018
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        while True:
-            ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-            if not ready:
-                self.stop()
-                return f"no answer in {seconds} s"
-            line = self.process.stdout.readline()
-            if not line:
-                code = self.process.wait()
-                self.stop()
-                return f"the process ended with {code}"
-            if line.startswith(b"\0"):
-                answer: str = json.loads(line[1:])
-                return answer
-
-    def fault(self, file: str, source: str, fresh: bool, edits: list[Edit]) -> str:
-        """Of one mutation; the good file is there again afterwards."""
-        if self.process is None:
-            self.start()
-        path = self.subject.folder / file
-        path.write_bytes(reduce(partial(edited, path.name), edits, self.good[file]))
-        try:
-            return self.ask(source, fresh)
-        finally:
-            path.write_bytes(self.good[file])
-
-
 # --------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    with Program() as started:
+        yield started
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="the limit of memory is set as Linux does it")
 @pytest.mark.parametrize("kind", SUBJECTS)
-def test_any_mutation_is_an_error_or_a_correct_file(kind: str, tmp_path: Path) -> None:
+def test_any_mutation_is_an_error_or_a_correct_file(kind: str, program: Program, tmp_path: Path) -> None:
     (tmp_path / "subject").mkdir()
-    judge = Judge(SUBJECTS[kind](tmp_path / "subject"), tmp_path)
+    judge = Judge(program, SUBJECTS[kind](tmp_path / "subject"), tmp_path)
+    good = {name: (judge.subject.folder / name).read_bytes() for name in judge.subject.damaged}
     number = st.integers(0, 2**10)
 
     @settings(max_examples=MUTATIONS // len(SUBJECTS))
     @given(file=number, source=number, fresh=st.booleans(), edits=EDITS)
     def mutate(file: int, source: int, fresh: bool, edits: list[Edit]) -> None:
+        judge.be_ready()
         damaged, sources = judge.subject.damaged, judge.subject.sources
-        fault = judge.fault(damaged[file % len(damaged)], sources[source % len(sources)], fresh, edits)
+        name = damaged[file % len(damaged)]
+        path = judge.subject.folder / name
+        path.write_bytes(reduce(partial(edited, path.name), edits, good[name]))
+        try:
+            fault = judge.ask(sources[source % len(sources)], fresh)
+        finally:
+            path.write_bytes(good[name])
         assert fault == ""
         assert not list(tmp_path.rglob(CANARY))
 
@@ -491,7 +332,3 @@ def test_any_mutation_is_an_error_or_a_correct_file(kind: str, tmp_path: Path) -
         mutate()
     finally:
         judge.stop()
-
-
-if __name__ == "__main__":
-    _serve()

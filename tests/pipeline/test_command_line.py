@@ -22,6 +22,7 @@ from lowvram_i2v.video import read_settings
 
 AUTO = Path(__file__).resolve().parents[2] / "profiles" / "auto.toml"
 SMALL = ("--size", "64x48", "--frames", "9", "--steps", "2", "--device", "cpu")
+SHORT = ("--frames", "5")
 Run = Callable[..., int]
 
 
@@ -87,7 +88,8 @@ def test_a_wrong_attention_backend_is_refused_and_the_run_goes_on(
     (tmp_path / "mine.toml").write_text(mine, encoding="utf-8")
     monkeypatch.setattr(choice, "missing", lambda *_: None)  # as on a card that has it
     monkeypatch.setattr(choice, "get", lambda _: lambda q, k, v: attention(q, k, v) + 0.5 * v)
-    assert generate("--output", str(tmp_path / "out.mp4"), "--profile", str(tmp_path / "mine.toml")) == 0
+    profile = ("--profile", str(tmp_path / "mine.toml"))
+    assert generate("--output", str(tmp_path / "out.mp4"), *profile, *SHORT) == 0
     notice = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("attention: "))
     assert notice.startswith("attention: sdpa (triton-int8 cannot run here")
     assert "its self-test (flat) is off by" in notice
@@ -95,7 +97,7 @@ def test_a_wrong_attention_backend_is_refused_and_the_run_goes_on(
 
 
 def test_the_closing_table_names_every_phase(generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate("--output", str(tmp_path / "out.mp4")) == 0
+    assert generate("--output", str(tmp_path / "out.mp4"), *SHORT) == 0
     table = capsys.readouterr().err.splitlines()
     for phase in ("text", "pooled text", "image", "conditioning", "denoise", "decode", "total"):
         assert any(line.startswith(phase) and line.endswith(("s", "-")) for line in table), phase
@@ -172,9 +174,9 @@ def test_a_long_prompt_is_shown_cut_and_an_empty_one_is_allowed(
     generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tail = "and this end is not seen"
-    assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "a bird flies " * 200 + tail) == 0
+    assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "a bird flies " * 200 + tail, *SHORT) == 0
     assert tail in capsys.readouterr().err
-    assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "") == 0
+    assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "", *SHORT) == 0
 
 
 def test_an_interrupted_run_leaves_nothing(
