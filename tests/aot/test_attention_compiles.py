@@ -30,3 +30,16 @@ def test_tiles_in_use_pass_the_gate(card: str, rows: list[list[str]]) -> None:
     mine = [row for row in rows if row[1] == card]
     assert len(mine) == (2 if card == "sm_86" else 4)
     assert [row for row in mine if row[-1]] == []
+
+
+def test_lost_codes_are_seen() -> None:
+    """In machine code: two conversions merged, as it should be; one merged with a shifted register; one read back."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile import stale_codes
+
+    pack = "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C"
+    right = f"/*0010*/ {pack} R7, R2, R3, RZ ;\n/*0020*/ {pack} R7, R5.reuse, R6, R7 ;\n"
+    assert stale_codes(right) == 0
+    assert stale_codes(f"/*0008*/ SHF.R.U32.HI R8, RZ, 0x8, R1 ;\n/*0010*/ {pack} R7, R2, R3, R8 ;\n") == 1
+    assert stale_codes(right + "/*0030*/ F2FP.F16.E4M3.UNPACK_B R9, R7 ;\n") == 1
+    assert stale_codes("/*0030*/ F2FP.F16.E4M3.UNPACK_B R9, R7 ;\n") == 0
