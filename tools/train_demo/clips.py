@@ -13,14 +13,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from tools.train_demo.scenes import Scene
+
 REMADE = 8
+DEMANDING, OF = 2, 5  # so many clips of so many are demanding, where a stage wants them
 
 Frames = npt.NDArray[np.uint8]
 
@@ -40,28 +44,36 @@ Source = Callable[[int, int, tuple[int, int]], Clip]
 
 def demo_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
     """Clip `number` of the training split."""
-    from tools.train_demo.attributes import labels
-    from tools.train_demo.render import render
     from tools.train_demo.scenes import draw_scene
 
-    scene = draw_scene(seed, number, size=size)
-    return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
+    return _rendered(draw_scene(seed, number, size=size))
+
+
+def demanding_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
+    """As `demo_clip`, with more of the scenes that are learned last (`Script.demanding`) than a fair draw has."""
+    from tools.train_demo.scenes import draw_scene
+
+    return _rendered(draw_scene(seed, number, size=size, demanding=number % OF < DEMANDING))
 
 
 def held_out_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
     """Clip `number` of the split that training never sees."""
-    from tools.train_demo.attributes import labels
-    from tools.train_demo.render import render
     from tools.train_demo.scenes import draw_scene
 
-    scene = draw_scene(seed, number, held_out=True, size=size)
-    return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
+    return _rendered(draw_scene(seed, number, held_out=True, size=size))
 
 
 def small_clip(seed: int, number: int, size: tuple[int, int]) -> Clip:
     """Half as large and half as long as `demo_clip`: for a look at whether everything runs."""
     clip = demo_clip(seed, number, (2 * size[0], 2 * size[1]))
     return replace(clip, frames=np.ascontiguousarray(clip.frames[::2, ::2, ::2]))
+
+
+def _rendered(scene: Scene) -> Clip:
+    from tools.train_demo.attributes import labels
+    from tools.train_demo.render import render
+
+    return Clip(np.ascontiguousarray(render(scene)), scene.prompt, labels(scene.script))
 
 
 @dataclass(frozen=True)

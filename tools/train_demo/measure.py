@@ -1,8 +1,9 @@
 """What a video shows, measured: where each object of a known colour is, how it moves, and how the camera moves.
 
     objects   pixels weigh by how strong the object's hue is in them; centroid, size, angle, opacity follow from these
-    camera    shift and zoom of the background from frame to frame by least squares on brightness (Lucas and Kanade
-              1981), objects masked out, added up over the video; objects are then seen as the camera would if it stood
+    camera    shift and zoom of the background by least squares on brightness, repeated until they fit (Lucas and Kanade
+              1981), objects masked out. Each frame is compared with a key frame up to `HOP` frames earlier, so that few
+              steps add up; objects are then seen as the camera would if it stood
     motion    one word of `prompts.ACTIONS` for each object and one of `prompts.CAMERAS`
 
 Invariants: what the prompt says does happen is never looked at, only which colours there are; a video in which nothing
@@ -41,7 +42,13 @@ SHAPELESS = 0.04  # of a harmonic: below it nothing tells the angle
 SPREAD = 12  # pixels around an object, its shadow among them, that are not background
 COLOUR_KEPT = 0.16  # distance of mean colours, each channel 0..1
 HUE_KEPT = np.radians(20)
-NOISE = 0.002  # of brightness: background whose slope is below it says little about the camera
+HOP = 8  # frames between two key frames of the camera's track
+ROUNDS = 3  # of least squares for each frame
+PLAIN = 0.005  # brightness per pixel of the picture at half its size: a slope below it says nothing about the camera
+TEXTURED = 0.04  # share of the picture that has to be steeper than that before a camera can be seen to move
+PICKED = 1500  # about as many of its pixels are compared
+NOISE = 0.002  # of brightness: differences below it are no misfit
+DRAWN = 0.001  # share by which least squares are drawn towards no change
 
 
 @dataclass(frozen=True)
@@ -172,39 +179,81 @@ def _angle(moments: npt.NDArray[np.complex128]) -> Track:
 
 
 def track_camera(luma: Floats, outside: npt.NDArray[np.bool_]) -> CameraTrack:
-    """From brightness [F, H, W] in 0..1 and where the background is, [F, H, W]."""
+    """From brightness [F, H, W] in 0..1 and where the background is, [F, H, W]. What has no texture stands still."""
     smooth = _blur(_halved(luma))
     background = outside[:, 1::2, 1::2] & outside[:, :-1:2, :-1:2]
     background[:, :EDGE], background[:, -EDGE:], background[:, :, :EDGE], background[:, :, -EDGE:] = (False,) * 4
-    slopes = _slope(smooth, 2), _slope(smooth, 1)
-    count, height, width = smooth.shape
-    x = (np.arange(width, dtype=np.float32) - (width - 1) / 2)[None]
-    y = (np.arange(height, dtype=np.float32) - (height - 1) / 2)[:, None]
-    shifts = np.zeros((count, 3))  # x, y, zoom
-    shifts[0, 2] = 1
-    for index in range(1, count):
-        a, b = smooth[index - 1], smooth[index]
-        right, down = (slopes[axis][index - 1] + slopes[axis][index] for axis in (0, 1))
-        inside = background[index - 1] & background[index]
-        rows = np.stack([right[inside], down[inside], (right * x + down * y)[inside]])
-        flow_x, flow_y, growth = _fit(rows.astype(np.float64), (a - b)[inside].astype(np.float64))
-        zoom = (1 + growth / 2) / (1 - growth / 2)
-        before = shifts[index - 1]
-        shifts[index] = before[0] * zoom + flow_x, before[1] * zoom + flow_y, before[2] * zoom
-    return CameraTrack(2 * shifts[:, 0], 2 * shifts[:, 1], shifts[:, 2])
+    count = len(smooth)
+    track = np.zeros((count, 3))  # x, y, zoom
+    track[0, 2] = 1
+    for key in range(0, count - 1, HOP):
+        view = _key_view(smooth[key], background[key])
+        x, y, zoom = track[key]
+        step = np.array([0.0, 0.0, 1.0])
+        for index in range(key + 1, min(key + HOP + 1, count)):
+            step = _match(view, smooth[index], background[index], step)
+            track[index] = x * step[2] + step[0], y * step[2] + step[1], zoom * step[2]
+    return CameraTrack(2 * track[:, 0], 2 * track[:, 1], track[:, 2])
 
 
-def _fit(rows: npt.NDArray[np.float64], change: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Least squares of change [N] by rows [3, N], drawn towards 0 by what noise would do; then once more with what does
-    not fit, a shadow or an object of another colour, counting less."""
-    if not len(change):
-        return np.zeros(3)
-    reach = np.mean(np.square(rows[2])) / max(np.mean(np.square(rows[:2])), 1e-12)
-    ridge = np.diag([1.0, 1.0, reach]) * len(change) * NOISE**2
-    found = np.linalg.solve(rows @ rows.T + ridge, rows @ change)
-    rest = change - found @ rows
-    weight = 1 / (1 + np.square(rest / max(2 * float(np.median(np.abs(rest))), NOISE)))
-    return np.asarray(np.linalg.solve((rows * weight) @ rows.T + ridge, (rows * weight) @ change))
+@dataclass(frozen=True)
+class _KeyView:
+    """The pixels of a key frame that tell how the camera moves. x, y: [N] from the picture's middle; values: [N];
+    rows: [5, N], how the values change with a shift to the right, one down, a zoom, with contrast and brightness."""
+
+    x: Floats
+    y: Floats
+    values: Floats
+    rows: Floats
+
+
+def _key_view(plane: Floats, background: npt.NDArray[np.bool_]) -> _KeyView:
+    """The steep pixels of a frame's background, [H, W]; none if they are few."""
+    right, down = _slope(plane, 1), _slope(plane, 0)
+    steep = background & (np.square(right) + np.square(down) > PLAIN**2)
+    picked = np.flatnonzero(steep)
+    picked = picked[:: max(len(picked) // PICKED, 1)] if len(picked) > TEXTURED * steep.size else picked[:0]
+    row, column = np.divmod(picked, plane.shape[1])
+    x = (column - (plane.shape[1] - 1) / 2).astype(np.float32)
+    y = (row - (plane.shape[0] - 1) / 2).astype(np.float32)
+    right, down, values = right.flat[picked], down.flat[picked], plane.flat[picked]
+    rows = np.stack([right, down, right * x + down * y, values, np.ones_like(values)])
+    return _KeyView(x, y, values, rows)
+
+
+def _match(
+    view: _KeyView, plane: Floats, background: npt.NDArray[np.bool_], step: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """x, y and zoom from a key frame to another frame [H, W], from a first guess `step`. After the first round what
+    does not fit, a shadow or an object of another colour, counts less."""
+    height, width = plane.shape
+    for turn in range(ROUNDS):
+        shift_x, shift_y, zoom = step.astype(np.float32)
+        x = np.clip(view.x * zoom + (shift_x + np.float32((width - 1) / 2)), 0, width - 2)
+        y = np.clip(view.y * zoom + (shift_y + np.float32((height - 1) / 2)), 0, height - 2)
+        left, top = x.astype(np.intp), y.astype(np.intp)
+        x, y, place = x - left, y - top, top * width + left
+        seen = background.take(place)  # the picture's edges are no background
+        if seen.sum() < len(view.rows):
+            break
+        above, below = (
+            plane.take(place + low) * (1 - x) + plane.take(place + low + 1) * x for low in (0, width)
+        )
+        change = view.values - above * (1 - y) - below * y
+        weight = seen.astype(np.float32)
+        if turn:
+            usual = float(np.median(np.abs(change[seen])))
+            weight /= 1 + np.square(change * np.float32(1 / max(2 * usual, NOISE)))
+        step = step + _least_squares(view.rows, change, weight)[:3]
+    return step
+
+
+def _least_squares(rows: Floats, change: Floats, weight: Floats) -> npt.NDArray[np.float64]:
+    """change [N] by rows [R, N], each of which counts by its weight. Drawn a little towards 0, where rows are alike."""
+    weighted = rows * weight
+    square = (weighted @ rows.T).astype(np.float64)
+    square[np.diag_indices(len(rows))] *= 1 + DRAWN
+    return np.asarray(np.linalg.solve(square, (weighted @ change).astype(np.float64)))
 
 
 def classify_camera(camera: CameraTrack) -> str:
@@ -304,12 +353,12 @@ def _chroma(
     return np.asarray(red - (green + blue) * half), np.asarray((green - blue) * height)
 
 
-def _slope(planes: Floats, axis: int) -> Floats:
-    """Half the derivative along an axis, by 5 points (3 are wrong by a fifth for a pattern of 6 pixels). Wraps around:
-    the two pixels at the edges mean nothing."""
-    near = np.roll(planes, -1, axis) - np.roll(planes, 1, axis)
-    far = np.roll(planes, -2, axis) - np.roll(planes, 2, axis)
-    return np.asarray(near * np.float32(8 / 24) - far * np.float32(1 / 24))
+def _slope(plane: Floats, axis: int) -> Floats:
+    """The derivative along an axis, by 5 points (3 are wrong by a fifth for a pattern of 6 pixels). Wraps around: the
+    two pixels at the edges mean nothing."""
+    near = np.roll(plane, -1, axis) - np.roll(plane, 1, axis)
+    far = np.roll(plane, -2, axis) - np.roll(plane, 2, axis)
+    return np.asarray(near * np.float32(8 / 12) - far * np.float32(1 / 12))
 
 
 def _halved(planes: Floats) -> Floats:
@@ -320,13 +369,13 @@ def _halved(planes: Floats) -> Floats:
 
 
 def _blur(planes: Floats) -> Floats:
-    """A binomial window of 3 pixels along both sides, [F, H, W]."""
+    """A binomial window of 3 pixels along both sides, [F, H, W]; nothing moves by it."""
     for axis in (1, 2):
-        for _ in range(2):
-            first, last = [slice(None)] * 3, [slice(None)] * 3
-            first[axis], last[axis] = slice(None, 1), slice(None, -1)
-            moved = np.concatenate([planes[tuple(first)], planes[tuple(last)]], axis)
-            planes = (planes + moved) * np.float32(0.5)
+        for ahead in (True, False):
+            near, far = [slice(None)] * 3, [slice(None)] * 3
+            near[axis], far[axis] = (slice(1), slice(-1)) if ahead else (slice(1, None), slice(-1, None))
+            parts = (planes[tuple(near)], planes[tuple(far)])
+            planes = (planes + np.concatenate(parts, axis)) * np.float32(0.5)
     return planes
 
 

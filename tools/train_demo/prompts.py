@@ -125,6 +125,13 @@ class Script:
     def moves(self) -> bool:
         return any(word != "still" for word in self.motion)
 
+    @property
+    def demanding(self) -> bool:
+        """The camera moves while an object turns, or past stars: two motions in one place, or tiny things that move.
+        One script in twelve."""
+        turns = any(subject.action in TURNS for subject in self.subjects)
+        return self.camera != "still" and (turns or self.background == "starry night")
+
 
 def hue(colour: str) -> float:
     """Degrees, 0 for red, 120 for green."""
@@ -132,10 +139,13 @@ def hue(colour: str) -> float:
     return float(np.degrees(np.arctan2(np.sqrt(3) / 2 * (green - blue), red - (green + blue) / 2)))
 
 
-def draw_script(random: np.random.Generator, held_out: bool = False) -> Script:
-    """A script for training, or one whose acting object is a held-out combination and in which something moves."""
+def draw_script(random: np.random.Generator, held_out: bool = False, demanding: bool = False) -> Script:
+    """A script for training, or one whose acting object is a held-out combination and in which something moves.
+    demanding: no other."""
     while True:
         script = _any_script(random)
+        if demanding and not script.demanding:
+            continue
         first, *others = script.subjects
         if held_out and first.held_out and script.moves:
             return script

@@ -77,12 +77,15 @@ class CameraCourse:
     zoom: Track
 
 
-def draw_scene(seed: int, number: int, held_out: bool = False, size: tuple[int, int] | None = None) -> Scene:
-    """Scene `number` of the data set that `seed` names; held-out ones are another data set. size: None for any."""
+def draw_scene(
+    seed: int, number: int, held_out: bool = False, size: tuple[int, int] | None = None, demanding: bool = False
+) -> Scene:
+    """Scene `number` of the data set that `seed` names; held-out ones are another data set. size: None for any.
+    demanding: as the script's."""
     random = np.random.default_rng([seed, number, int(held_out)])
     size = size or SIZES[int(random.integers(len(SIZES)))]
     while True:
-        script = draw_script(random, held_out)
+        script = draw_script(random, held_out, demanding)
         things = _place(script, size, random)
         if things is not None:
             prompt = sentence(script, random)

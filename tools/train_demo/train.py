@@ -22,11 +22,12 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from tools.train_demo.clips import Clips, demo_clip, held_out_clip, small_clip  # noqa: E402
+from tools.train_demo.clips import Clips, Source, demanding_clip, demo_clip, held_out_clip, small_clip  # noqa: E402
 from tools.train_demo.loop import Run  # noqa: E402
 from tools.train_demo.sizes import DEMO, SCHEME, SMOKE, Recipe  # noqa: E402
 
 STAGES = ("vae", "text", "flow", "decoder", "export")
+SOURCES: dict[str, Source] = {"flow": demanding_clip}  # where a stage sees more of some scenes
 VOCABULARY_SCENES = 4000  # enough for every word of the grammar
 
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         export(recipe, run, given.scheme)
         return
     sources = (0, small_clip) if given.smoke else (given.workers, held_out_clip)
-    source = small_clip if given.smoke else demo_clip
+    source = small_clip if given.smoke else SOURCES.get(given.stage, demo_clip)
     with Clips(source, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, *sources) as clips:
         train(given.stage, recipe, clips, run, given.compile)
 
