@@ -44,9 +44,10 @@ COLOUR_KEPT = 0.16  # distance of mean colours, each channel 0..1
 HUE_KEPT = np.radians(20)
 HOP = 8  # frames between two key frames of the camera's track
 ROUNDS = 3  # of least squares for each frame
-PLAIN = 0.005  # brightness per pixel of the picture at half its size: a slope below it says nothing about the camera
-TEXTURED = 0.04  # share of the picture that has to be steeper than that before a camera can be seen to move
+PLAIN = 0.008  # brightness per pixel of the picture at half its size: a slope below it says nothing about the camera
+TEXTURED = 0.05  # share of the background that has to be steeper than that before a camera can be seen to move
 PICKED = 1500  # about as many of its pixels are compared
+STILL_SEEN = 0.25  # share of them that another frame has to show, else nothing is known of it
 NOISE = 0.002  # of brightness: differences below it are no misfit
 DRAWN = 0.001  # share by which least squares are drawn towards no change
 
@@ -179,9 +180,10 @@ def _angle(moments: npt.NDArray[np.complex128]) -> Track:
 
 
 def track_camera(luma: Floats, outside: npt.NDArray[np.bool_]) -> CameraTrack:
-    """From brightness [F, H, W] in 0..1 and where the background is, [F, H, W]. What has no texture stands still."""
+    """From brightness [F, H, W] in 0..1 and where the background is, [F, H, W]; where an object was in an earlier frame
+    counts as its place still, it may have faded. A background without texture stands still."""
     smooth = _blur(_halved(luma))
-    background = outside[:, 1::2, 1::2] & outside[:, :-1:2, :-1:2]
+    background = np.logical_and.accumulate(outside[:, 1::2, 1::2] & outside[:, :-1:2, :-1:2])
     background[:, :EDGE], background[:, -EDGE:], background[:, :, :EDGE], background[:, :, -EDGE:] = (False,) * 4
     count = len(smooth)
     track = np.zeros((count, 3))  # x, y, zoom
@@ -212,21 +214,23 @@ def _key_view(plane: Floats, background: npt.NDArray[np.bool_]) -> _KeyView:
     right, down = _slope(plane, 1), _slope(plane, 0)
     steep = background & (np.square(right) + np.square(down) > PLAIN**2)
     picked = np.flatnonzero(steep)
-    picked = picked[:: max(len(picked) // PICKED, 1)] if len(picked) > TEXTURED * steep.size else picked[:0]
+    picked = picked[:: max(len(picked) // PICKED, 1)] if len(picked) > TEXTURED * background.sum() else picked[:0]
     row, column = np.divmod(picked, plane.shape[1])
     x = (column - (plane.shape[1] - 1) / 2).astype(np.float32)
     y = (row - (plane.shape[0] - 1) / 2).astype(np.float32)
     right, down, values = right.flat[picked], down.flat[picked], plane.flat[picked]
-    rows = np.stack([right, down, right * x + down * y, values, np.ones_like(values)])
+    contrast = values - values.mean() if len(values) else values
+    rows = np.stack([right, down, right * x + down * y, contrast, np.ones_like(values)])
     return _KeyView(x, y, values, rows)
 
 
 def _match(
     view: _KeyView, plane: Floats, background: npt.NDArray[np.bool_], step: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """x, y and zoom from a key frame to another frame [H, W], from a first guess `step`. After the first round what
-    does not fit, a shadow or an object of another colour, counts less."""
+    """x, y and zoom from a key frame to another frame [H, W], from a first guess `step`, which stays where too little
+    is seen. After the first round what does not fit, a shadow or an object of another colour, counts less."""
     height, width = plane.shape
+    guess = step
     for turn in range(ROUNDS):
         shift_x, shift_y, zoom = step.astype(np.float32)
         x = np.clip(view.x * zoom + (shift_x + np.float32((width - 1) / 2)), 0, width - 2)
@@ -234,11 +238,9 @@ def _match(
         left, top = x.astype(np.intp), y.astype(np.intp)
         x, y, place = x - left, y - top, top * width + left
         seen = background.take(place)  # the picture's edges are no background
-        if seen.sum() < len(view.rows):
-            break
-        above, below = (
-            plane.take(place + low) * (1 - x) + plane.take(place + low + 1) * x for low in (0, width)
-        )
+        if seen.sum() <= STILL_SEEN * len(seen):
+            return guess
+        above, below = (plane.take(place + low) * (1 - x) + plane.take(place + low + 1) * x for low in (0, width))
         change = view.values - above * (1 - y) - below * y
         weight = seen.astype(np.float32)
         if turn:
@@ -249,10 +251,11 @@ def _match(
 
 
 def _least_squares(rows: Floats, change: Floats, weight: Floats) -> npt.NDArray[np.float64]:
-    """change [N] by rows [R, N], each of which counts by its weight. Drawn a little towards 0, where rows are alike."""
+    """change [N] by rows [R, N], each pixel counted by its weight. Drawn a little towards 0: rows may be alike or
+    all 0."""
     weighted = rows * weight
     square = (weighted @ rows.T).astype(np.float64)
-    square[np.diag_indices(len(rows))] *= 1 + DRAWN
+    square += np.diag(DRAWN * (square.diagonal() + DRAWN))
     return np.asarray(np.linalg.solve(square, (weighted @ change).astype(np.float64)))
 
 
