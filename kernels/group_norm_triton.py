@@ -18,6 +18,7 @@ from lowvram_i2v.kernels.group_norm import Affine, Moments, Phases
 TILE = 8192  # values that a program holds at a time
 MEASURED_TILE = 4096  # fewer where sums are made: more programs fit on a processor
 WARPS = 8
+STAGES = 3  # tiles on their way while sums are made
 PARTS = 1024  # programs that measure, at least where there is enough to measure
 
 
@@ -138,6 +139,7 @@ def _launch(
         STORED=store,
         POSITIONS=positions,
         CHANNELS=block,
+        STAGES=STAGES,
         num_warps=WARPS,
     )
     if moments is not None:
@@ -149,17 +151,21 @@ def _add_and_measure(
     x, source, bias, residual, counts, means, squares, total, line, width, channels, first, last, residual_frame,
     repeats, top, pair, dropped, phase_rows,
     TIME: tl.constexpr, PHASES: tl.constexpr, RESIDUAL: tl.constexpr, MEASURED: tl.constexpr, STORED: tl.constexpr,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x has `total` positions, `line` a frame, `width` a row; of a frame, [first, last) are measured."""
+    """x has `total` positions, `line` a frame, `width` a row; of a frame, [first, last) are measured.
+
+    Each thread sums what it sees, as distances from the first tile's mean; threads meet only there and after the loop.
+    """
     part = tl.program_id(0)
     channel = tl.arange(0, CHANNELS)
     inside = channel < channels
     b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    seen = 0.0
-    mean = tl.zeros([CHANNELS], tl.float32)
-    square = tl.zeros([CHANNELS], tl.float32)
-    for repeat in range(repeats):
+    near = tl.zeros([CHANNELS], tl.float32)
+    seen = tl.zeros([POSITIONS], tl.float32)
+    added = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    square = tl.zeros([POSITIONS, CHANNELS], tl.float32)
+    for repeat in tl.range(0, repeats, num_stages=STAGES):
         place = (part * repeats + repeat) * POSITIONS + tl.arange(0, POSITIONS)
         mask = (place < total)[:, None] & inside[None, :]
         offsets = place.to(tl.int64)[:, None] * channels + channel[None, :]
@@ -182,19 +188,19 @@ def _add_and_measure(
             values = values.to(tl.float32)
         if MEASURED:
             core = (place < total) & (within >= first) & (within < last)
-            count = tl.sum(core.to(tl.float32))
-            kept = tl.where(core[:, None], values, 0.0)
-            here = tl.sum(kept, 0) / tl.maximum(count, 1.0)
-            away = tl.where(core[:, None], values - here[None, :], 0.0)
-            step = here - mean
-            both = tl.maximum(seen + count, 1.0)
-            square += tl.sum(away * away, 0) + step * step * (seen * count / both)
-            mean += step * (count / both)
-            seen += count
+            if repeat == 0:
+                near = tl.sum(values, 0) / POSITIONS
+            away = tl.where(core[:, None], values - near[None, :], 0.0)
+            added += away
+            square += away * away
+            seen += core.to(tl.float32)
     if MEASURED:
-        tl.store(counts + part, seen)
-        tl.store(means + part * channels + channel, mean, mask=inside)
-        tl.store(squares + part * channels + channel, square, mask=inside)
+        count = tl.sum(seen)
+        step = tl.sum(added, 0) / tl.maximum(count, 1.0)
+        spread = tl.maximum(tl.sum(square, 0) - step * step * count, 0.0)
+        tl.store(counts + part, count)
+        tl.store(means + part * channels + channel, near + step, mask=inside)
+        tl.store(squares + part * channels + channel, spread, mask=inside)
 
 
 def merge(state: Tensor, counts: Tensor, means: Tensor, squares: Tensor) -> None:
