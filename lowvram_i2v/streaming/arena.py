@@ -2,14 +2,17 @@
 
 Invariants: one allocation, exactly as long as asked. torch's own pinned memory is rounded up to a power of two (9.1 GB
 would take 16 GiB), so ordinary memory is allocated and then page-locked in place. On machines without CUDA it stays
-ordinary memory. Linux is asked for pages of 2 MiB: millions of small ones take seconds to make, lock and free.
+ordinary memory. Linux is asked for pages of 2 MiB: millions of small ones take seconds to make, lock and free. It
+is asked to make them by itself, on some threads: while the driver makes and locks them, launches may wait for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +22,9 @@ from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.host_memory import available_ram
 
 PAGE = 4096
+LARGE_PAGE = 2 << 20
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later
+MAKERS = 4  # threads that make pages
 REMEDY = (
     "Close other programs, use weights in a smaller scheme (int8, nf4), or keep more blocks resident in video memory "
     "(resident_blocks in the profile)."
@@ -45,6 +51,7 @@ def arena(size: int, device: torch.device) -> Iterator[Tensor]:
     if device.type != "cuda":
         yield memory
         return
+    _make_pages(memory)
     with _page_locked(memory, device):
         yield memory
 
@@ -64,6 +71,20 @@ def _ask_for_large_pages(memory: Tensor) -> None:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel()), advice)
+
+
+def _make_pages(memory: Tensor) -> None:
+    """A request too: where it is refused, pages are made when they are first used."""
+    if sys.platform != "linux":
+        return
+    pieces = max(1, memory.numel() // MAKERS // LARGE_PAGE) * LARGE_PAGE
+    madvise, end = ctypes.CDLL(None).madvise, memory.numel() // PAGE * PAGE
+
+    def make(start: int) -> None:
+        madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(min(pieces, end - start)), POPULATE_WRITE)
+
+    with ThreadPoolExecutor(MAKERS) as threads:
+        list(threads.map(make, range(0, end, pieces)))
 
 
 @contextmanager

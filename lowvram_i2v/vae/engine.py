@@ -26,12 +26,13 @@ from lowvram_i2v.vae.attention import trusted_attention
 from lowvram_i2v.vae.convolution import trusted_convolution
 from lowvram_i2v.vae.decoder import VaeDecoder
 from lowvram_i2v.vae.frames import Frames, Memory
+from lowvram_i2v.vae.landing import Landing
 from lowvram_i2v.vae.layout import AttentionLayout, Layout
 from lowvram_i2v.vae.planning import Step, plan_route, tile_chunking, video_bytes
 from lowvram_i2v.vae.policy import DecodeChunking, Policy
 from lowvram_i2v.vae.route import Rows, Shape, Stage, bands, rows_through, spans
 from lowvram_i2v.vae.streamed import Room, Runnable, State, StreamedAttention, StreamedStage, streamed_stages
-from lowvram_i2v.vae.tiles import Tiling, blend_segments, join_tiles
+from lowvram_i2v.vae.tiles import Tiling, blend_segments
 
 EMITTED = 16  # frames of a yielded piece
 SAMPLED = 2  # chunks of each band that give the tail's norms their first moments
@@ -61,7 +62,7 @@ def decode_frames(
         if policy.moments == "tile":
             config = decoder.config
             tiles = engine.tiles(Shape(*latent.shape[1:]), policy, chunking)
-            yield from blend_segments(tiles, latent, Tiling.from_config(config), _land, _join)
+            yield from blend_segments(tiles, latent, Tiling.from_config(config), Landing)
             return
         frames = engine.decode(latent, policy, chunking)
         engine.only_video()
@@ -69,20 +70,6 @@ def decode_frames(
             yield frames[:, first : first + EMITTED].float()
     finally:
         engine.close()
-
-
-def _land(part: Tensor) -> Tensor:
-    """A finished part on its way to the CPU; it is there after the device was waited for."""
-    if not part.is_cuda:
-        return part.clone()
-    landed = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return landed.copy_(part.contiguous(), non_blocking=True)
-
-
-def _join(rows: list[list[Tensor]]) -> Tensor:
-    if rows[0][0].is_pinned():
-        torch.cuda.synchronize()
-    return join_tiles(rows)
 
 
 class Engine:

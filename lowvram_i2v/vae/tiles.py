@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,30 +62,41 @@ def decode_segments(decoder: VaeDecoder, latent: Tensor, tiling: Tiling) -> Iter
     return blend_segments(decoder.decode, latent, tiling)
 
 
+class Picture(Protocol):
+    """Takes the finished parts of tiles, row after row, and becomes one tensor of them."""
+
+    def put(self, part: Tensor, top: int, left: int) -> None: ...
+    def finished(self) -> Tensor: ...
+
+
+class Joined:
+    """The parts as they are, joined where they lie."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._rows: list[list[Tensor]] = []
+
+    def put(self, part: Tensor, top: int, left: int) -> None:
+        if left == 0:
+            self._rows.append([])
+        self._rows[-1].append(part)
+
+    def finished(self) -> Tensor:
+        return torch.cat([torch.cat(row, COLUMNS) for row in self._rows], ROWS)
+
+
 def blend_segments(
     decode: Callable[[Tensor], Tensor],
     latent: Tensor,
     tiling: Tiling,
-    land: Callable[[Tensor], Tensor] | None = None,
-    join: Callable[[list[list[Tensor]]], Tensor] | None = None,
+    picture: Callable[[int, int], Picture] = Joined,
 ) -> Iterator[Tensor]:
     """`decode_segments` with any decoder of one tile: [16, T, h, w] -> [3, 4 (T - 1) + 1, 8 h, 8 w] float32.
 
-    land: takes each finished part of a tile, to another device for example. join: makes one tensor of the rows of them.
+    picture: from height and width, what takes each time's finished parts, to another device for example.
     """
     space = _Axis(tiling.tile, tiling.stride, tiling.spatial_ratio, 1)
     time = _Axis(tiling.tile_frames, tiling.stride_frames, tiling.time_ratio, 1)
-    land, join = land or _as_it_is, join or join_tiles
-    return _tiled_time(lambda part: _tiled_space(decode, part, space, land, join), latent, time)
-
-
-def join_tiles(rows: list[list[Tensor]]) -> Tensor:
-    """Rows of tiles, each [C, T, H, W] -> one tensor."""
-    return torch.cat([torch.cat(row, COLUMNS) for row in rows], ROWS)
-
-
-def _as_it_is(part: Tensor) -> Tensor:
-    return part
+    return _tiled_time(lambda part: _tiled_space(decode, part, space, picture), latent, time)
 
 
 def encode_tiled(encoder: VaeEncoder, video: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
@@ -101,6 +113,10 @@ class _Axis:
     def __init__(self, tile: int, stride: int, out_ratio: int, in_ratio: int) -> None:
         self.tile, self.stride = tile * in_ratio, stride * in_ratio
         self.keep, self.blend = stride * out_ratio, (tile - stride) * out_ratio
+
+    def made(self, size: int) -> int:
+        """How long the result of `size` values of the input is."""
+        return size * self.keep // self.stride
 
 
 def _tiled_time(run: Callable[[Tensor], Tensor], x: Tensor, axis: _Axis) -> Iterator[Tensor]:
@@ -123,30 +139,28 @@ def _tiled_space(
     run: Callable[[Tensor], Tensor],
     x: Tensor,
     axis: _Axis,
-    land: Callable[[Tensor], Tensor] = _as_it_is,
-    join: Callable[[list[list[Tensor]]], Tensor] = join_tiles,
+    picture: Callable[[int, int], Picture] = Joined,
 ) -> Tensor:
     """Runs `run` on [C, T, H, W] in tiles of rows and columns and joins them."""
     height, width = x.shape[ROWS:]
+    joined = picture(axis.made(height), axis.made(width))
     if max(height, width) <= axis.tile:
-        return join([[land(run(x))]])
-    rows: list[list[Tensor]] = []
+        joined.put(run(x), 0, 0)
+        return joined.finished()
     above: list[Tensor] = []
     for top in range(0, height, axis.stride):
-        row: list[Tensor] = []
         below: list[Tensor] = []
         border: Tensor | None = None
         for left in range(0, width, axis.stride):
             part = run(x[:, :, top : top + axis.tile, left : left + axis.tile])
-            part = _mix(above.pop(0), part, ROWS) if rows else part
+            part = _mix(above.pop(0), part, ROWS) if top else part
             part = part if border is None else _mix(border, part, COLUMNS)
             border = _border(part, COLUMNS, axis.blend)
             below.append(_border(part, ROWS, axis.blend))
-            row.append(land(part[:, :, : axis.keep, : axis.keep]))
+            joined.put(part[:, :, : axis.keep, : axis.keep], axis.made(top), axis.made(left))
             del part
-        rows.append(row)
         above = below
-    return join(rows)
+    return joined.finished()
 
 
 def _border(part: Tensor, dim: int, extent: int) -> Tensor:

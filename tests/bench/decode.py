@@ -43,6 +43,7 @@ from lowvram_i2v.vae.decoder import VaeDecoder  # noqa: E402
 from lowvram_i2v.vae.encoder import VaeEncoder  # noqa: E402
 from lowvram_i2v.vae.engine import Engine, decode_frames  # noqa: E402
 from lowvram_i2v.vae.image_encoder import ImageEncoder  # noqa: E402
+from lowvram_i2v.vae.landing import Landing  # noqa: E402
 from lowvram_i2v.vae.layout import attention_layout  # noqa: E402
 from lowvram_i2v.vae.planning import Step, decode_bytes, encode_bytes, host_bytes  # noqa: E402
 from lowvram_i2v.vae.policy import POLICIES, DecodeChunking, Policy  # noqa: E402
@@ -60,7 +61,7 @@ WATCHED = (
     (frames_module.HostPiece, "_lock", "a thread: making memory and locking it"),
     (Engine, "run", "giving the device its work"),
     (frames_module.Courier, "settle", "waiting for the device and its copies"),
-    (engine_module, "_join", "waiting for the device, joining tiles"),
+    (Landing, "finished", "waiting for the device and the last parts of tiles"),
     (frames_module.HostPiece, "_give_back", "a thread: unlocking memory and freeing it"),
     (frames_module.HostPiece, "close", "waiting for that"),
 )

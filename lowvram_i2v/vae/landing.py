@@ -1,0 +1,62 @@
+"""Finished parts of tiles become one picture on the CPU, while the device computes the next tile.
+
+    part on the device -> one of BUFFERS page-locked buffers -> its place in the picture, by a thread
+
+Invariants: the picture is made once, float32 [C, T, H, W], and each part copied to its place; `put` returns when the
+part may be overwritten by what the device is given next. The host waits only where all buffers are under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+BUFFERS = 3
+
+
+class Landing:
+    """The picture of one tile of time, `height` x `width`."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._size = height, width
+        self._picture = torch.empty(0)
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: deque[Future[Tensor]] = deque()
+
+    def put(self, part: Tensor, top: int, left: int) -> None:
+        """part [C, T, h, w], from this row and column on."""
+        if not self._picture.numel():
+            self._picture = torch.empty(*part.shape[:2], *self._size)
+        place = self._picture[:, :, top : top + part.shape[2], left : left + part.shape[3]]
+        if not part.is_cuda:
+            place.copy_(part)
+            return
+        buffer = self._buffer(part.numel())
+        landed = buffer[: part.numel()].view(part.shape).copy_(part.contiguous(), non_blocking=True)
+        there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        there.record()
+        self._under_way.append(self._thread.submit(_settle, buffer, landed, there, place))
+
+    def finished(self) -> Tensor:
+        """The picture, when all parts are in place."""
+        while self._under_way:
+            self._under_way.popleft().result()
+        self._thread.shutdown()
+        return self._picture
+
+    def _buffer(self, size: int) -> Tensor:
+        if len(self._under_way) == BUFFERS:
+            used = self._under_way.popleft().result()
+            if used.numel() >= size:
+                return used
+        return torch.empty(size, pin_memory=True)
+
+
+def _settle(buffer: Tensor, landed: Tensor, there: torch.cuda.Event, place: Tensor) -> Tensor:
+    """Waits for the copy and puts it in its place. Returns the buffer, which may be used anew."""
+    there.synchronize()
+    place.copy_(landed)
+    return buffer
