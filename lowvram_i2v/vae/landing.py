@@ -31,14 +31,10 @@ class Landing:
         if not self._picture.numel():
             self._picture = torch.empty(*part.shape[:2], *self._size)
         place = self._picture[:, :, top : top + part.shape[2], left : left + part.shape[3]]
-        if not part.is_cuda:
+        if part.is_cuda:
+            self._send(part, place)
+        else:
             place.copy_(part)
-            return
-        buffer = self._buffer(part.numel())
-        landed = buffer[: part.numel()].view(part.shape).copy_(part.contiguous(), non_blocking=True)
-        there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        there.record()
-        self._under_way.append(self._thread.submit(_settle, buffer, landed, there, place))
 
     def finished(self) -> Tensor:
         """The picture, when all parts are in place."""
@@ -47,12 +43,28 @@ class Landing:
         self._thread.shutdown()
         return self._picture
 
+    def _send(self, part: Tensor, place: Tensor) -> None:
+        buffer = self._buffer(part.numel())
+        landed = buffer[: part.numel()].view(part.shape).copy_(part.contiguous(), non_blocking=True)
+        self._under_way.append(self._thread.submit(_settle, buffer, landed, _recorded(), place))
+
     def _buffer(self, size: int) -> Tensor:
         if len(self._under_way) == BUFFERS:
             used = self._under_way.popleft().result()
             if used.numel() >= size:
                 return used
-        return torch.empty(size, pin_memory=True)
+        return _page_locked(size)
+
+
+def _page_locked(size: int) -> Tensor:
+    return torch.empty(size, pin_memory=True)
+
+
+def _recorded() -> torch.cuda.Event:
+    """After all that the device was given so far."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _settle(buffer: Tensor, landed: Tensor, there: torch.cuda.Event, place: Tensor) -> Tensor:
