@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT)]
 from lowvram_i2v.device import describe, pick_device  # noqa: E402
 from lowvram_i2v.vae import engine as engine_module  # noqa: E402
 from lowvram_i2v.vae import frames as frames_module  # noqa: E402
+from lowvram_i2v.vae import planning as planning_module  # noqa: E402
 from lowvram_i2v.vae.attention import by_products, fused, trusted_attention  # noqa: E402
 from lowvram_i2v.vae.config import VaeConfig  # noqa: E402
 from lowvram_i2v.vae.convolution import convolved, trusted_convolution  # noqa: E402
@@ -347,6 +348,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--device-gib", type=float, default=DecodeChunking().device_bytes / GIB)
     parser.add_argument("--host-gib", type=float, default=DecodeChunking().host_bytes / GIB)
+    parser.add_argument("--worth", type=float, default=planning_module.WORTH, help="in place of planning.WORTH")
     parser.add_argument("--diffusers", action="store_true")
     parser.add_argument("--limit", type=float, default=24.0, help="seconds for each of diffusers' runs")
     parser.add_argument("--profile", action="store_true", help="where the host's and the device's time goes")
@@ -357,6 +359,7 @@ def main() -> None:
     if options.diffusers:
         bench_diffusers(options, device)
         return
+    planning_module.WORTH = options.worth
     bench_engine(options, device)
     bench_encoder(options.sizes[0], device)
 
