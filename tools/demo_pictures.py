@@ -1,7 +1,7 @@
 """The pictures of README.md and docs/demo_model.md, from what the other commands leave:
 
     lowvram-i2v demo --folder demo_out
-    python tools/evaluate_demo.py --keep KEPT
+    python tools/evaluate_demo.py --seed 2 --keep KEPT
     python tools/demo_pictures.py --film demo_out/demo.mp4 --kept KEPT --work WORK
 
 `demo.webp` is the film, `demo_held_out.webp` frames of held-out scenes over what the model made of them (`--show` names
@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--film", type=Path, metavar="FILE.mp4", help="of `lowvram-i2v demo`")
     add("--kept", type=Path, metavar="DIR", help="of `evaluate_demo.py --keep`")
     add("--show", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="scenes (default: the first four)")
+    add("--seed", type=int, default=2, metavar="N", help="of the kept scenes (default: %(default)s)")
     add("--work", type=Path, metavar="DIR", help="of the training")
     add("--output", type=Path, default=ROOT / "docs", metavar="DIR", help="(default: docs)")
     options = parser.parse_args(arguments)
     if options.film:
         write_film(options.film, options.output / "demo.webp")
     if options.kept:
-        scenes = held_out_scenes(max(options.show) + 1, seed=0)
+        scenes = held_out_scenes(max(options.show) + 1, options.seed)
         pairs = [(render(scenes[n]), read_video(options.kept / f"{n:03d}.mp4")) for n in options.show]
         write_sheet(pairs, options.output / "demo_held_out.webp")
     if options.work:

@@ -22,12 +22,11 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from tools.train_demo.clips import Clips, Source, demanding_clip, demo_clip, held_out_clip, small_clip  # noqa: E402
+from tools.train_demo.clips import Clips, demanding_clip, demo_clip, held_out_clip, small_clip  # noqa: E402
 from tools.train_demo.loop import Run  # noqa: E402
 from tools.train_demo.sizes import DEMO, SCHEME, SMOKE, Recipe  # noqa: E402
 
 STAGES = ("vae", "text", "flow", "decoder", "export")
-SOURCES: dict[str, Source] = {"flow": demanding_clip}  # where a stage sees more of some scenes
 VOCABULARY_SCENES = 4000  # enough for every word of the grammar
 
 
@@ -46,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=min(12, max(1, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--compile", action="store_true", help="let torch.compile fuse the transformer")
+    parser.add_argument("--demanding", action="store_true", help="show more of the scenes that are learned last")
     parser.add_argument("--scheme", default=SCHEME, help="of export (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps on two clips, to see that everything runs")
     given = parser.parse_args(arguments)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         export(recipe, run, given.scheme)
         return
     sources = (0, small_clip) if given.smoke else (given.workers, held_out_clip)
-    source = small_clip if given.smoke else SOURCES.get(given.stage, demo_clip)
+    source = small_clip if given.smoke else demanding_clip if given.demanding else demo_clip
     with Clips(source, run.seed, recipe.clip_sizes, recipe.clips_per_chunk, *sources) as clips:
         train(given.stage, recipe, clips, run, given.compile)
 
