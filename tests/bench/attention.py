@@ -143,20 +143,23 @@ def queued_seconds(call: Callable[[], object], calls: int = QUEUED) -> float:
 
 
 def cases(tokens: int, heads: int) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """bf16 inputs, K with an offset; a peaked row lives on some hundred of 34 000 keys, outliers are 6 times as big."""
+    """bf16 inputs, K with an offset; a peaked row lives on some hundred of 34 000 keys, outliers are 6 times as big: each
+    in a channel of its own, or both in one, which makes many rows live on a few keys."""
     torch.manual_seed(1)
     q, k, v = torch.randn(3, tokens, heads, DIM, device="cuda").unbind()
     k_offset, v_offset = torch.randn(2, heads, DIM, device="cuda").unbind()
     plain = torch.ones(DIM, device="cuda")
-    outlier = torch.where(torch.arange(DIM, device="cuda") == 7, 6.0, plain)
-    for name, factor, channels, offset in (
-        ("flat", 0.2, plain, 0.0),
-        ("flat, V offset", 0.2, plain, 1.0),
-        ("peaked", 2.0, plain, 0.0),
-        ("peaked, V offset", 2.0, plain, 1.0),
-        ("peaked, V offset, outlier in q and k", 1.0, outlier, 1.0),
+    one, another = (torch.where(torch.arange(DIM, device="cuda") == channel, 6.0, plain) for channel in (7, 9))
+    for name, factor, of_q, of_k, offset in (
+        ("flat", 0.2, plain, plain, 0.0),
+        ("flat, V offset", 0.2, plain, plain, 1.0),
+        ("peaked", 2.0, plain, plain, 0.0),
+        ("peaked, V offset", 2.0, plain, plain, 1.0),
+        ("V offset, outliers in q and k", 1.0, one, another, 1.0),
+        ("the same, peaked", 2.0, one, another, 1.0),
+        ("V offset, outliers in one channel", 1.0, one, one, 1.0),
     ):
-        given = (q * factor * channels, (k + k_offset) * channels, v + offset * v_offset)
+        given = (q * factor * of_q, (k + k_offset) * of_k, v + offset * v_offset)
         yield name, tuple(x.bfloat16() for x in given)  # type: ignore[misc]
 
 
