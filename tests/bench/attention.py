@@ -143,8 +143,8 @@ def queued_seconds(call: Callable[[], object], calls: int = QUEUED) -> float:
 
 
 def cases(tokens: int, heads: int) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-    """bf16 inputs, K with an offset; a peaked row lives on some hundred of 34 000 keys, outliers are 6 times as big: each
-    in a channel of its own, or both in one, which makes many rows live on a few keys."""
+    """bf16 inputs, K with an offset; a peaked row lives on some hundred of 34 000 keys, outliers are 6 times as big:
+    each in a channel of its own, or both in one, which makes many rows live on a few keys."""
     torch.manual_seed(1)
     q, k, v = torch.randn(3, tokens, heads, DIM, device="cuda").unbind()
     k_offset, v_offset = torch.randn(2, heads, DIM, device="cuda").unbind()
