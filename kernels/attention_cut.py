@@ -69,7 +69,8 @@ def cut_sequence(
 
 
 def code_bytes(tokens: int, heads: int, dim: int, value: int, keys: int = 64) -> int:
-    """Of `attention_quantize.Quantized`: value is the bytes of a code of V, 2 where a card has no 8-bit floats."""
+    """Of `attention_quantize.Quantized`: value is the bytes of a code of V, 2 where a card has no 8-bit floats, 0
+    for K alone."""
     padded = -(-tokens // max(CODE_BLOCK, keys)) * max(CODE_BLOCK, keys)
     return heads * (padded * dim * (1 + value) + 4 * padded // keys + 2 * 4 * dim)
 
@@ -80,7 +81,8 @@ def heads_at_once(cut: Cut, heads: int) -> int:
 
 
 def means_bytes(cut: Cut, heads: int, dim: int) -> int:
-    """Of the float32 means of queries, keys and values, and of the lowest and highest values of each block."""
+    """Of what the first pass leaves of each block, float32: means of queries and values, the lowest and highest values,
+    sums of some keys."""
     return 4 * heads * dim * (cut.query_blocks + 4 * cut.key_blocks)
 
 
@@ -91,6 +93,7 @@ def sparse_bytes(cut: Cut, heads: int, dim: int, value: int) -> int:
     mean_codes = code_bytes(means, heads, dim, value, cut.keys)
     lists = heads * cut.query_blocks * (4 * cut.kept + padded // 8)
     scores = 4 * heads_at_once(cut, heads) * cut.query_blocks * cut.key_blocks
-    choosing = mean_codes + means_bytes(cut, heads, dim) + lists + scores
+    means_of_three = 4 * heads * dim * (cut.query_blocks + 2 * cut.key_blocks)
+    choosing = code_bytes(cut.tokens, heads, dim, 0, cut.keys) + mean_codes + means_of_three + lists + scores
     attending = mean_codes + lists + 4 * cut.key_blocks + code_bytes(cut.tokens, heads, dim, value, cut.keys)
     return max(choosing, attending)

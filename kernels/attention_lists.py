@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""The lists of `attention_sparse`, and the means they are made from, as Triton kernels.
+"""The lists of `attention_sparse`, and the means of Q and V, as Triton kernels.
 
-    pass     reads Q, K and V once: the mean of each block, of V also the lowest and highest values
+    pass     reads Q and V once: the mean of each block, of V also the lowest and highest values; and one token of K in
+             16, for its centre: the means of its blocks come with its codes, for which all of K is read anyway
     centres  what `attention_quantize.statistics` would find by a pass of its own, from the results of this one
     scores   means of queries times means of keys, some heads at a time
-    choice   the highest scores of a row: no sort, the lowest of them is found by halving the range of floats
+    choice   the highest scores of a row: no sort, the lowest of them is found by halving the range of scores
 
 Invariants: token offsets are 64-bit; the lists are those of `attention_route` (which of equal scores is chosen may
 differ); sums have one order, so that the same inputs give the same bits; nothing waits for the device.
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from lowvram_i2v.kernels.attention_cut import Cut, heads_at_once
 from lowvram_i2v.kernels.attention_launch import on_device
-from lowvram_i2v.kernels.attention_quantize import Centres, padded_length
+from lowvram_i2v.kernels.attention_quantize import SAMPLED, TURN, Centres, padded_length, sampled_count
 from lowvram_i2v.kernels.attention_tiles import Tile
 
-LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+LARGEST, TINY = tl.constexpr(3e38), tl.constexpr(1e-30)
+"""Scores are kept within the one, those that are no numbers at its negative: infinity is for places on every list. What
+is smaller than the other is 0: half of it is a number still."""
 STRIP, WIDTH = 128, 16
 """Blocks and channels of one tile of `centres_kernel`."""
 SIDE, DEPTH = 64, 32
@@ -44,30 +47,22 @@ class Lists:
     skipped: Tensor
 
 
-@dataclass(frozen=True)
-class Means:
-    """Of blocks of tokens, [heads, blocks, dim] float32; queries have blocks of their own length."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 @triton.jit
-def load_block(x, start, tokens, stride, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """Tokens start .. start + SIZE, zero where there are none, float32."""
-    rows = start + tl.arange(0, SIZE)
+def load_rows(x, rows, tokens, stride, DIM: tl.constexpr):
+    """Tokens `rows`, zero where there are none, float32."""
     at = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, DIM)[None, :]
     return tl.load(at, mask=rows[:, None] < tokens, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "query_blocks", "key_blocks"])
 def means_kernel(
-    q, k, v, q_means, k_means, v_means, v_low, v_high, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
+    q, k, v, q_means, k_sums, v_means, v_low, v_high, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
     v_head_stride, tokens, query_blocks, key_blocks,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr, SAMPLED: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
-    """A program takes as many tokens as the longer block has, and loads PIECE of them at once."""
+    """A program takes as many tokens as the longer block has, and loads PIECE of them at once. Of K it adds up the
+    tokens of a block that `attention_quantize.statistics_kernel` looks at too."""
     SPAN: tl.constexpr = ROWS if ROWS > KEYS else KEYS
     start = tl.program_id(0) * SPAN
     head = tl.program_id(1).to(tl.int64)
@@ -80,7 +75,7 @@ def means_kernel(
         if first < tokens:
             sums = tl.zeros([PIECE, DIM], tl.float32)
             for piece in tl.static_range(0, ROWS, PIECE):
-                sums += load_block(q, first + piece, tokens, q_stride, PIECE, DIM)
+                sums += load_rows(q, first + piece + tl.arange(0, PIECE), tokens, q_stride, DIM)
             at = (head * query_blocks + first // ROWS) * DIM + channels
             tl.store(q_means + at, tl.sum(sums, 0) / tl.minimum(tokens - first, ROWS))
     for part in tl.static_range(SPAN // KEYS):
@@ -88,15 +83,13 @@ def means_kernel(
         if first < tokens:
             count = tl.minimum(tokens - first, KEYS)
             at = (head * key_blocks + first // KEYS) * DIM + channels
-            sums = tl.zeros([PIECE, DIM], tl.float32)
-            for piece in tl.static_range(0, KEYS, PIECE):
-                sums += load_block(k, first + piece, tokens, k_stride, PIECE, DIM)
-            tl.store(k_means + at, tl.sum(sums, 0) / count)
+            place = first + tl.arange(0, KEYS // SAMPLED) * SAMPLED
+            tl.store(k_sums + at, tl.sum(load_rows(k, place + place // TURN % SAMPLED, tokens, k_stride, DIM), 0))
             sums = tl.zeros([PIECE, DIM], tl.float32)
             low = tl.full([PIECE, DIM], float("inf"), tl.float32)
             high = tl.full([PIECE, DIM], -float("inf"), tl.float32)
             for piece in tl.static_range(0, KEYS, PIECE):
-                x = load_block(v, first + piece, tokens, v_stride, PIECE, DIM)
+                x = load_rows(v, first + piece + tl.arange(0, PIECE), tokens, v_stride, DIM)
                 exists = (piece + tl.arange(0, PIECE) < count)[:, None]
                 sums += x
                 low = tl.minimum(low, tl.where(exists, x, float("inf")))
@@ -106,15 +99,15 @@ def means_kernel(
             tl.store(v_high + at, tl.max(high, 0))
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks"])
+@triton.jit(do_not_specialize=["k_count", "tokens", "blocks"])
 def centres_kernel(
-    k_means, v_means, v_low, v_high, k_centre, v_centre, reach, tokens, blocks,
+    k_sums, v_means, v_low, v_high, k_centre, v_centre, reach, k_count, tokens, blocks,
     KEYS: tl.constexpr, DIM: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows [heads, blocks, DIM] of `means_kernel` -> means of all tokens and the reach of V, WIDTH channels of them."""
+    """Rows [heads, blocks, DIM] of `means_kernel` -> centres of K and V and the reach of V, WIDTH channels of them."""
     head = tl.program_id(1)
     channels = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    k_sums = tl.zeros([STRIP, WIDTH], tl.float32)
+    k_sum = tl.zeros([STRIP, WIDTH], tl.float32)
     v_sums = tl.zeros([STRIP, WIDTH], tl.float32)
     low = tl.full([STRIP, WIDTH], float("inf"), tl.float32)
     high = tl.full([STRIP, WIDTH], -float("inf"), tl.float32)
@@ -123,13 +116,13 @@ def centres_kernel(
         counts = tl.minimum(tokens - rows * KEYS, KEYS).to(tl.float32)
         at = (head * blocks + rows) * DIM + channels[None, :]
         exists = rows < blocks
-        k_sums += tl.load(k_means + at, mask=exists, other=0.0) * counts
+        k_sum += tl.load(k_sums + at, mask=exists, other=0.0)
         v_sums += tl.load(v_means + at, mask=exists, other=0.0) * counts
         low = tl.minimum(low, tl.load(v_low + at, mask=exists, other=float("inf")))
         high = tl.maximum(high, tl.load(v_high + at, mask=exists, other=-float("inf")))
     mean = tl.sum(v_sums, 0) / tokens
     at = head * DIM + channels
-    tl.store(k_centre + at, tl.sum(k_sums, 0) / tokens)
+    tl.store(k_centre + at, tl.sum(k_sum, 0) / k_count)
     tl.store(v_centre + at, mean)
     tl.store(reach + at, tl.maximum(tl.max(high, 0) - mean, mean - tl.min(low, 0)))
 
@@ -162,8 +155,8 @@ def choice_kernel(
     """One list: scores [heads, query blocks, count] -> the `kept` places with the highest ones, ascending; of the
     others one bit each. It sees places lower .. count, then those below, all of which are chosen.
 
-    Floats in the order of integers of the same bits, and a bound that `kept` of them reach by halving the range of
-    integers: no sort.
+    No sort: a bound between the lowest and the highest score that `kept` of them reach, found by halving the range
+    until it parts them or no float is left inside.
     """
     OWN: tl.constexpr = (ROWS + KEYS - 1) // KEYS
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -173,17 +166,21 @@ def choice_kernel(
     own = tl.program_id(0) * ROWS // KEYS
     always = (place < first) | (place >= count - last) | ((place >= own) & (place < own + OWN))
     score = tl.load(scores + row * count + place, mask=exists, other=0.0)
-    bits = tl.where(always, float("inf"), score).to(tl.int32, bitcast=True)
-    key = tl.where(exists, tl.where(bits < 0, bits ^ HIGHEST, bits), LOWEST)
-    low = tl.full([], LOWEST, tl.int64)
-    high = tl.full([], HIGHEST, tl.int64)
+    score = tl.where(score == score, tl.minimum(tl.maximum(score, -LARGEST), LARGEST), -LARGEST)
+    score = tl.where(tl.abs(score) < TINY, 0.0, score)
+    counted = exists & (always == 0)
+    low = tl.min(tl.where(counted, score, LARGEST), 0)
+    high = tl.max(tl.where(counted, score, -LARGEST), 0)
+    score = tl.where(exists, tl.where(always, float("inf"), score), -float("inf"))
+    low = tl.where(tl.sum((score >= high).to(tl.int32), 0) >= kept, high, low)
     while low < high:
-        middle = (low + high + 1) >> 1
-        found = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
-        low = tl.where(found >= kept, middle, low)
-        high = tl.where(found > kept, high, tl.where(found == kept, middle, middle - 1))
-    above = key > low.to(tl.int32)
-    equal = exists & (key == low.to(tl.int32))
+        middle = low * 0.5 + high * 0.5
+        found = tl.sum((score >= middle).to(tl.int32), 0)
+        ends = (middle <= low) | (middle >= high) | (found == kept)
+        low = tl.where((found >= kept) & (middle < high), tl.maximum(low, middle), low)
+        high = tl.where(ends, low, tl.where(found > kept, high, middle))
+    above = score > low
+    equal = score == low
     room = kept - tl.sum(above.to(tl.int32), 0)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     at = tl.cumsum(chosen.to(tl.int32), 0) - 1 + lower
@@ -199,27 +196,28 @@ def choice_warps(places: int) -> int:
     return max(1, min(16, places // PLACES_OF_A_WARP))
 
 
-def mean_blocks(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Means, Centres]:
-    """q, k, v [tokens, heads, dim] -> their means, and the centres of K and V with the reach of V."""
+def mean_blocks(q: Tensor, k: Tensor, v: Tensor, cut: Cut) -> tuple[Tensor, Tensor, Centres]:
+    """q, k, v [tokens, heads, dim] -> the means of blocks of Q and of V, [heads, blocks, dim] float32, and the centres
+    of K and V with the reach of V."""
     _, heads, dim = k.shape
     q_means = torch.empty(heads, cut.query_blocks, dim, dtype=torch.float32, device=k.device)
-    k_means, v_means, low, high = torch.empty(
-        4, heads, cut.key_blocks, dim, dtype=torch.float32, device=k.device
-    ).unbind()
+    v_means = torch.empty(heads, cut.key_blocks, dim, dtype=torch.float32, device=k.device)
+    k_sums, low, high = torch.empty(3, *v_means.shape, dtype=torch.float32, device=k.device).unbind()
     k_centre, v_centre, reach = torch.empty(3, heads, dim, dtype=torch.float32, device=k.device).unbind()
     with on_device(k):
         spans = triton.cdiv(cut.tokens, max(cut.rows, cut.keys))
         means_kernel[(spans, heads)](
-            q, k, v, q_means, k_means, v_means, low, high, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            q, k, v, q_means, k_sums, v_means, low, high, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             cut.tokens, cut.query_blocks, cut.key_blocks,
-            ROWS=cut.rows, KEYS=cut.keys, DIM=dim, PIECE=min(PIECE, cut.rows, cut.keys),
+            ROWS=cut.rows, KEYS=cut.keys, DIM=dim, PIECE=min(PIECE, cut.rows, cut.keys), SAMPLED=SAMPLED, TURN=TURN,
             num_warps=MEANS_WARPS,
         )  # fmt: skip
         centres_kernel[(dim // WIDTH, heads)](
-            k_means, v_means, low, high, k_centre, v_centre, reach, cut.tokens, cut.key_blocks,
+            k_sums, v_means, low, high, k_centre, v_centre, reach, sampled_count(cut.tokens), cut.tokens,
+            cut.key_blocks,
             KEYS=cut.keys, DIM=dim, STRIP=STRIP, WIDTH=WIDTH,
         )  # fmt: skip
-    return Means(q_means, k_means, v_means), (k_centre, v_centre, reach)
+    return q_means, v_means, (k_centre, v_centre, reach)
 
 
 def choose(q_means: Tensor, k_means: Tensor, cut: Cut, tile: Tile) -> Lists:

@@ -2,8 +2,9 @@
 """Keys and values in 8 bits for `attention_int8`: two passes over V and one over K, as Triton kernels.
 
     pass 1  per head and channel, over the tokens: of V the mean and the largest distance from it, of K a mean
-    pass 2  K: turned, minus its mean, one scale for each tile of keys, int8. V: minus its mean, one scale for each
-            channel, e4m3 with tokens along rows in `attention_int8`'s order, or fp16
+    pass 2  K: turned, minus its mean, one scale for each tile of keys, int8; sparse attention also wants the mean of
+            each tile, which is at hand here. V: minus its mean, one scale for each channel, e4m3 with tokens along rows
+            in `attention_int8`'s order, or fp16
 
 K and the queries are turned by the same rotation of their channels, which no product of theirs feels: it spreads a
 channel that stands out, and takes the scale of a whole tile, over all channels. It is an orthogonal matrix of 1 and -1
@@ -191,10 +192,11 @@ def centres_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def keys_kernel(
-    k, centre, codes, scales, k_stride, k_head_stride, tokens, padded,
+    k, centre, codes, scales, means, k_stride, k_head_stride, tokens, padded,
     TILES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows are turned before the centre is subtracted, and the centre as one of them."""
+    """Rows are turned before the centre is subtracted, and the centre as one of them. means is None, or [heads, tiles
+    that hold tokens, DIM]: the mean of each tile's tokens, as they are in K."""
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     channels = tl.arange(0, DIM)
@@ -210,7 +212,13 @@ def keys_kernel(
         rows = block * KEYS + tl.arange(0, KEYS)
         exists = rows[:, None] < tokens
         at = k + rows.to(tl.int64)[:, None] * k_stride + channels[None, :]
-        x = turn(tl.load(at, mask=exists, other=0.0), turning) - mean[None, :]
+        given = tl.load(at, mask=exists, other=0.0)
+        x = turn(given, turning) - mean[None, :]
+        if means is not None:  # after the product: before it, ptxas may spill
+            sums = tl.sum(given.to(tl.float32), 0)
+            to = means + (head * tl.cdiv(tokens, KEYS) + block) * DIM + channels
+            some = tl.full([DIM], block * KEYS, tl.int32) < tokens  # codes may be padded by more than a tile
+            tl.store(to, sums / tl.minimum(tokens - block * KEYS, KEYS), mask=some)
         x = tl.where(exists, x, 0.0)
         scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) / 127.0, SMALLEST_SCALE)
         tl.store(codes + rows.to(tl.int64)[:, None] * DIM + channels[None, :], round_codes(x * (1.0 / scale)))
@@ -290,6 +298,11 @@ def padded_length(tokens: int, tile: Tile) -> int:
     return -(-tokens // step) * step
 
 
+def sampled_count(tokens: int) -> int:
+    """Tokens of K that its mean is taken from."""
+    return tokens // SAMPLED + (tokens % SAMPLED > tokens // TURN % SAMPLED)
+
+
 def fold(how: Pass, dim: int) -> int:
     """Rows of a tile of sums: as many as a program loads at once, 8 values a thread, so that each thread adds up its
     own."""
@@ -302,7 +315,6 @@ def statistics(k: Tensor, v: Tensor, how: Pass = PASSES.statistics) -> Centres:
     parts = triton.cdiv(tokens, TURN * how.tiles)
     sums = torch.empty(4, parts, heads, dim, dtype=torch.float32, device=k.device).unbind()
     k_centre, v_centre, reach = torch.empty(3, heads, dim, dtype=torch.float32, device=k.device).unbind()
-    sampled = tokens // SAMPLED + (tokens % SAMPLED > tokens // TURN % SAMPLED)
     with on_device(k):
         statistics_kernel[(parts, heads)](
             k, v, *sums, *k.stride()[:2], *v.stride()[:2], tokens,
@@ -310,7 +322,7 @@ def statistics(k: Tensor, v: Tensor, how: Pass = PASSES.statistics) -> Centres:
             num_warps=how.warps,
         )  # fmt: skip
         centres_kernel[(heads,)](
-            *sums, k_centre, v_centre, reach, parts, sampled, tokens, STRIP=STRIP, DIM=dim, num_warps=8
+            *sums, k_centre, v_centre, reach, parts, sampled_count(tokens), tokens, STRIP=STRIP, DIM=dim, num_warps=8
         )
     return k_centre, v_centre, reach
 
@@ -327,8 +339,11 @@ def encode(k: Tensor, v: Tensor, tile: Tile, centres: Centres, how: Passes = PAS
     return Quantized(*keys, *values, len(k))
 
 
-def encode_keys(k: Tensor, tile: Tile, centres: Centres, how: Pass = PASSES.keys) -> tuple[Tensor, Tensor]:
-    """The codes of K and their scales."""
+def encode_keys(
+    k: Tensor, tile: Tile, centres: Centres, how: Pass = PASSES.keys, means: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The codes of K and their scales; the means of its tiles go into means [heads, tiles that hold tokens, dim]
+    float32, contiguous."""
     tokens, heads, dim = k.shape
     padded = padded_length(tokens, tile)
     blocks = padded // tile.keys
@@ -336,7 +351,7 @@ def encode_keys(k: Tensor, tile: Tile, centres: Centres, how: Pass = PASSES.keys
     scale = torch.empty(heads, blocks, dtype=torch.float32, device=k.device)
     with on_device(k):
         keys_kernel[(triton.cdiv(blocks, how.tiles), heads)](
-            k, centres[0], codes, scale, *k.stride()[:2], tokens, padded,
+            k, centres[0], codes, scale, means, *k.stride()[:2], tokens, padded,
             TILES=how.tiles, KEYS=tile.keys, DIM=dim, STAGES=how.stages, num_warps=how.warps,
         )  # fmt: skip
     return codes, scale

@@ -5,8 +5,9 @@
 what is allocated, `attention_lists` makes the lists. Blocks are good only if neighbouring tokens are alike: the model's
 image tokens come in the order of `dit/token_order.py`.
 
-Cost: `density` of dense attention, 1/64 for the means (blocks on every list have none), one pass over Q, K and V, a
-matrix product of means. It is approximate, and the error depends on the video, so nothing uses this by itself.
+Cost: `density` of dense attention, 1/64 for the means (blocks on every list have none), a pass over Q (that over V
+dense attention has too), a matrix product of means. It is approximate, and the error depends on the video, so nothing
+uses this by itself.
 
 Invariants: those of `attention_int8`; every list has the same length and holds the last, ragged block; no list is made
 on the host, and nothing waits for the device. Long lists (of text tokens, which see everything) start first, in all
@@ -23,14 +24,25 @@ from torch import Tensor
 from lowvram_i2v.kernels.attention_cut import Cut
 from lowvram_i2v.kernels.attention_int8 import multiply_values, quantize_rows, score_tile
 from lowvram_i2v.kernels.attention_launch import LOG2_E, check_inputs, launch_options, on_device
-from lowvram_i2v.kernels.attention_lists import Lists, Means, choose, mean_blocks
-from lowvram_i2v.kernels.attention_quantize import Pass, Passes, Quantized, encode
+from lowvram_i2v.kernels.attention_lists import Lists, choose, mean_blocks
+from lowvram_i2v.kernels.attention_quantize import (
+    PASSES,
+    Centres,
+    Pass,
+    Passes,
+    Quantized,
+    encode,
+    encode_keys,
+    encode_values,
+)
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 NO_SCORE = tl.constexpr(-1e30)
 """Lower than any, and finite: the first scores may all be masked."""
 OF_MEANS = Passes(keys=Pass(1, 4, 1), values=Pass(1, 4, 1))
 """Means are few: a program takes one tile of them."""
+WITH_MEANS = PASSES.keys
+"""The pass over K that also makes means."""
 MEAN_STAGES = 3
 """Of the loop over means: with 2 a tile waits for its own loads."""
 
@@ -142,19 +154,25 @@ def attend_routed(
     return out
 
 
-def inner(means: Means, cut: Cut) -> tuple[Tensor, Tensor]:
-    """Keys and values [blocks, heads, dim] of the blocks that a mean may stand for."""
-    some = slice(cut.means.start, cut.means.stop)
-    return means.k[:, some].transpose(0, 1), means.v[:, some].transpose(0, 1)
+def encode_means(k_means: Tensor, v_means: Tensor, cut: Cut, tile: Tile, centres: Centres) -> Quantized:
+    """The codes of those means [heads, blocks, dim] that may stand for their block."""
+    keys, values = (x[:, cut.means.start : cut.means.stop].transpose(0, 1) for x in (k_means, v_means))
+    return encode(keys, values, tile, centres, OF_MEANS)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, cut: Cut, out: Tensor | None = None) -> Tensor:
-    """q, k, v [tokens, heads, dim] -> [tokens, heads, dim], cut as `cut` says with the tile's rows and keys."""
+    """q, k, v [tokens, heads, dim] -> [tokens, heads, dim], cut as `cut` says with the tile's rows and keys.
+
+    The codes of V come last: where they will lie is free while the lists are made.
+    """
     check_inputs(q, k, v)
     if (cut.tokens, cut.rows, cut.keys) != (len(k), tile.rows, tile.keys) or len(q) != len(k):
         raise ValueError(f"{cut} is not a cut of {len(q)} queries and {len(k)} keys for tiles of {tile}")
-    means, centres = mean_blocks(q, k, v, cut)
-    mean_codes = encode(*inner(means, cut), tile, centres, OF_MEANS)
-    chosen = choose(means.q, means.k, cut, tile)
-    del means
-    return attend_routed(q, encode(k, v, tile, centres), mean_codes, chosen, cut, tile, out)
+    q_means, v_means, centres = mean_blocks(q, k, v, cut)
+    k_means = torch.empty_like(v_means)
+    keys = encode_keys(k, tile, centres, WITH_MEANS, k_means)
+    mean_codes = encode_means(k_means, v_means, cut, tile, centres)
+    chosen = choose(q_means, k_means, cut, tile)
+    del q_means, k_means, v_means
+    kv = Quantized(*keys, *encode_values(v, tile, centres), len(k))
+    return attend_routed(q, kv, mean_codes, chosen, cut, tile, out)

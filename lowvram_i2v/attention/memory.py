@@ -44,7 +44,7 @@ def gap_bytes(
     first_tokens: int, image_tokens: int, text_tokens: int, heads: int, dim: int, *, density: float = 1.0
 ) -> int:
     """Bytes that a call of "triton-sparse" has given back when it allocates most, at places too small for what comes
-    then: the allocator has reserved them beside `extra_bytes`."""
+    then: the allocator has reserved them beside `extra_bytes`, less where lists and codes of means lie in them."""
     cut = cut_sequence(image_tokens + text_tokens, first_tokens, image_tokens, density)
     return means_bytes(cut, heads, dim)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from compile import Variant
 
 from lowvram_i2v.kernels import attention_dense, attention_int8, attention_lists, attention_quantize, attention_sparse
-from lowvram_i2v.kernels.attention_quantize import PASSES
+from lowvram_i2v.kernels.attention_quantize import PASSES, SAMPLED, TURN
 from lowvram_i2v.kernels.attention_tiles import DENSE, INT8, SHARED_MEMORY, Tile
 
 DIM = 128
@@ -66,14 +66,15 @@ def lists(card: str, tile: Tile) -> list[Variant]:
     sizes = {"ROWS": tile.rows, "KEYS": tile.keys}
     strides = [f"{x}{kind}_stride" for x in "qkv" for kind in ("", "_head")]
     counts = ("count", "words", "kept", "first", "last", "lower", "tokens", "query_blocks", "key_blocks", "blocks")
-    floats = ("q_means", "k_means", "v_means", "v_low", "v_high", "k_centre", "v_centre", "reach", "scores")
+    counts += ("k_count",)
+    floats = ("q_means", "k_means", "k_sums", "v_means", "v_low", "v_high", "k_centre", "v_centre", "reach", "scores")
     types = dict.fromkeys((*strides, *counts), "i32") | dict.fromkeys(floats, "*fp32") | dict.fromkeys("qkv", "*bf16")
     width = {"STRIP": attention_lists.STRIP, "WIDTH": attention_lists.WIDTH}
     made = []
     for name, constants, warps, more in (
         (
             "means_kernel",
-            sizes | {"DIM": DIM, "PIECE": attention_lists.PIECE},
+            sizes | {"DIM": DIM, "PIECE": attention_lists.PIECE, "SAMPLED": SAMPLED, "TURN": TURN},
             attention_lists.MEANS_WARPS,
             {},
         ),
@@ -104,12 +105,12 @@ def quantizers(card: str, tile: Tile, passes: attention_quantize.Passes = PASSES
     types |= dict.fromkeys((*sums, *VECTORS, "scales", "sums"), "*fp32")
     largest, strip = {"LARGEST": attention_quantize.LARGEST_VALUE[tile.pv]}, {"STRIP": attention_quantize.STRIP}
     block = {"BLOCK": attention_quantize.BLOCK, "EIGHT": tile.pv.startswith("fp8")}
-    sampled = {"TURN": attention_quantize.TURN, "SAMPLED": attention_quantize.SAMPLED}
+    sampled = {"TURN": TURN, "SAMPLED": SAMPLED}
     small = attention_quantize.Pass(0, 8, 3)
     made = []
     for name, codes, how, constants in (
         ("statistics_kernel", code, passes.statistics, sampled),
-        ("keys_kernel", "*i8", passes.keys, {"KEYS": tile.keys}),
+        ("keys_kernel", "*i8", passes.keys, {"KEYS": tile.keys, "means": None}),
         ("values_kernel", code, passes.values, block | largest),
         ("centres_kernel", code, small, strip),
         ("shift_kernel", code, small, strip | largest),
@@ -123,6 +124,13 @@ def quantizers(card: str, tile: Tile, passes: attention_quantize.Passes = PASSES
     return made
 
 
+def keys_with_means(card: str, tile: Tile) -> Variant:
+    """The kernel that makes codes of K and means of its tiles, for sparse attention."""
+    [plain] = [variant for variant in quantizers(card, tile) if variant.kernel is attention_quantize.keys_kernel]
+    constants = {name: value for name, value in plain.constants.items() if name != "means"}
+    return replace(plain, name=f"{plain.name} means", types=plain.types | {"means": "*fp32"}, constants=constants)
+
+
 def of_means(card: str, tile: Tile) -> list[Variant]:
     """The kernels that make codes of the means of key blocks."""
     made = quantizers(card, tile, attention_sparse.OF_MEANS, "fp32")
@@ -130,7 +138,7 @@ def of_means(card: str, tile: Tile) -> list[Variant]:
 
 
 def variants(first: bool = False) -> list[tuple[str, Variant]]:
-    """(card, variant) of every tile, or of those that the backends use, and what makes their 8-bit values."""
+    """(card, variant) of every tile, or of those that the backends use, and what makes their codes."""
     found = []
     for make, table in ((dense, DENSE), (int8, INT8)):
         for card, tiles in table.items():
@@ -139,6 +147,8 @@ def variants(first: bool = False) -> list[tuple[str, Variant]]:
         if first and tiles[0].pv.startswith("fp8"):
             found += [(card, variant) for variant in quantizers(card, tiles[0]) if "values" in variant.name]
             found += [(card, variant) for variant in of_means(card, tiles[0]) if "values" in variant.name]
+    for card, tiles in INT8.items():
+        found += [(card, keys_with_means(card, tiles[0]))]
     if not first:
         for card, tiles in INT8.items():
             found += [(card, sparse(card, tiles[0]))]

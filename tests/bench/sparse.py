@@ -34,6 +34,7 @@ from lowvram_i2v.kernels import attention_int8, attention_lists, attention_quant
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence  # noqa: E402
 from lowvram_i2v.kernels.attention_launch import card  # noqa: E402
 from lowvram_i2v.kernels.attention_lists import Lists, mean_blocks  # noqa: E402
+from lowvram_i2v.kernels.attention_quantize import Pass  # noqa: E402
 from lowvram_i2v.kernels.attention_reference import attention, relative_l2  # noqa: E402
 from lowvram_i2v.kernels.attention_route import on_every_list  # noqa: E402
 from lowvram_i2v.kernels.attention_tiles import INT8, Tile  # noqa: E402
@@ -48,6 +49,11 @@ VARIANTS: dict[str, list[tuple[ModuleType, str, object]]] = {
     "means: 16 tokens": [(LISTS, "PIECE", 16)],
     "means: 4 warps, 16 tokens": [(LISTS, "MEANS_WARPS", 4), (LISTS, "PIECE", 16)],
     "means: 4 warps": [(LISTS, "MEANS_WARPS", 4)],
+    "codes and means of K: 8 warps": [(KERNEL, "WITH_MEANS", Pass(8, 8, 3))],
+    "codes and means of K: 8 warps, 4 tiles": [(KERNEL, "WITH_MEANS", Pass(4, 8, 3))],
+    "codes and means of K: 4 tiles": [(KERNEL, "WITH_MEANS", Pass(4, 4, 3))],
+    "codes and means of K: 2 stages": [(KERNEL, "WITH_MEANS", Pass(8, 4, 2))],
+    "codes and means of K: 4 stages": [(KERNEL, "WITH_MEANS", Pass(8, 4, 4))],
     "scores: 32 x 32": [(LISTS, "SIDE", 32)],
     "mean tiles: 2 stages": [(KERNEL, "MEAN_STAGES", 2)],
     "mean tiles: 4 stages": [(KERNEL, "MEAN_STAGES", 4)],
@@ -88,8 +94,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> Tensor:
 def at_random(given: Triple, tile: Tile, cut: Cut) -> Tensor:
     """Sparse attention with lists of as many blocks that do not look at q and k."""
     q, k, v = given
-    means, centres = mean_blocks(q, k, v, cut)
-    codes = attention_quantize.encode(*attention_sparse.inner(means, cut), tile, centres)
+    _, v_means, centres = mean_blocks(q, k, v, cut)
+    k_means = torch.empty_like(v_means)
+    keys = attention_quantize.encode_keys(k, tile, centres, means=k_means)
+    codes = attention_sparse.encode_means(k_means, v_means, cut, tile, centres)
     scores = torch.rand(q.shape[1], cut.query_blocks, cut.key_blocks, device="cuda")
     scores.masked_fill_(on_every_list(cut, q.device), 2.0)
     blocks = scores.topk(cut.kept, -1).indices.sort(-1).values
@@ -98,7 +106,8 @@ def at_random(given: Triple, tile: Tile, cut: Cut) -> Tensor:
     skipped[..., : len(cut.means)] = seen[..., cut.means.start : cut.means.stop]
     bits = skipped.unflatten(-1, (-1, 32)) << torch.arange(32, device="cuda")
     chosen = Lists(blocks.int(), bits.sum(-1).int())
-    return attention_sparse.attend_routed(q, attention_quantize.encode(k, v, tile, centres), codes, chosen, cut, tile)
+    kv = attention_quantize.Quantized(*keys, *attention_quantize.encode_values(v, tile, centres), len(k))
+    return attention_sparse.attend_routed(q, kv, codes, chosen, cut, tile)
 
 
 def speed(given: Triple, densities: list[float], tiles: list[Tile]) -> None:

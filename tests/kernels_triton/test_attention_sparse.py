@@ -14,9 +14,18 @@ from lowvram_i2v.kernels import attention_route
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence
 from lowvram_i2v.kernels.attention_int8 import attend_quantized
 from lowvram_i2v.kernels.attention_lists import Lists, choose, mean_blocks
-from lowvram_i2v.kernels.attention_quantize import encode, quantize
+from lowvram_i2v.kernels.attention_quantize import (
+    SAMPLED,
+    TURN,
+    Pass,
+    Quantized,
+    encode_keys,
+    encode_values,
+    quantize,
+    statistics,
+)
 from lowvram_i2v.kernels.attention_route import Route, block_means
-from lowvram_i2v.kernels.attention_sparse import attend, attend_routed, inner
+from lowvram_i2v.kernels.attention_sparse import attend, attend_routed, encode_means
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,16 +58,18 @@ def unpacked(lists: Lists, cut: Cut) -> Route:
 def routed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Cut, tile: Tile = TILE
 ) -> tuple[torch.Tensor, Route]:
-    means, centres = mean_blocks(q, k, v, cut)
-    chosen = choose(means.q, means.k, cut, tile)
-    mean_kv = encode(*inner(means, cut), tile, centres)
-    kv = quantize(k, v, tile, centres)
+    q_means, v_means, centres = mean_blocks(q, k, v, cut)
+    k_means = torch.empty_like(v_means)
+    keys = encode_keys(k, tile, centres, means=k_means)
+    chosen = choose(q_means, k_means, cut, tile)
+    mean_kv = encode_means(k_means, v_means, cut, tile, centres)
+    kv = Quantized(*keys, *encode_values(v, tile, centres), len(k))
     return attend_routed(q, kv, mean_kv, chosen, cut, tile), unpacked(chosen, cut)
 
 
 def dense_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """With the centres that sparse attention subtracts, which need not be those of `statistics`."""
-    return attend_quantized(q, quantize(k, v, TILE, mean_blocks(q, k, v, cut)[1]), TILE)
+    """With the centres that sparse attention subtracts: those of `statistics` from sums of another order."""
+    return attend_quantized(q, quantize(k, v, TILE, mean_blocks(q, k, v, cut)[2]), TILE)
 
 
 def test_lists_and_means_give_the_definition() -> None:
@@ -115,17 +126,76 @@ def test_lists_are_those_of_a_sort(count: int, kept: int, first: int, last: int)
     assert not (made.skipped.bool() & must).any()
 
 
+def test_lists_are_whole_whatever_the_scores() -> None:
+    """All equal, no numbers, infinite, far apart, tiny, of 50 powers of ten: lists of `kept` places, the highest ones.
+
+    Each row chooses 6 or more freely and leaves some."""
+    count, kept = 40, 17
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, count, generator=generator)
+    scores[0] = -3.5
+    scores[1, 5:30] = float("nan")
+    scores[2, 7:9] = float("inf")
+    scores[3, 11] = 1e35
+    scores[4] *= 1e-42
+    scores[5] = 10.0 ** torch.linspace(-25, 25, count)[torch.randperm(count, generator=generator)]
+    scores[6, ::2] = -0.0
+    scores[7, 10:] = -float("inf")
+    q_means, k_means = torch.zeros(8, 5, 32), torch.zeros(8, count, 32)
+    q_means[:, :, 0], k_means[:, :, 0] = 1.0, scores
+    cut = Cut(4 * count - 1, 32, 4, 2, 1, 1000, kept)
+    made = unpacked(choose(q_means.to(DEVICE), k_means.to(DEVICE), cut, Tile(32, 4, 4, 2, "fp16")), cut)
+    assert made.blocks.shape == (8, 5, kept)
+    assert (made.blocks.diff(dim=-1) > 0).all()
+    assert made.blocks.min() >= 0
+    assert made.blocks.max() < count
+    seen = made.skipped[:, :, :count] == 0
+    assert torch.equal(seen.sum(-1), torch.full((8, 5), kept, device=DEVICE))
+    assert torch.equal(torch.zeros_like(seen).scatter_(2, made.blocks.long(), value=True), seen)
+    must = attention_route.on_every_list(cut, DEVICE)
+    assert seen[:, must].all()
+    for head in (1, 2, 3, 5, 7):
+        ranked = scores[head].nan_to_num(-torch.inf, torch.inf, -torch.inf).to(DEVICE)
+        for of, place in zip(seen[head], must, strict=True):
+            free = ~place
+            assert ranked[of & free].min() >= ranked[~of & free].max()
+
+
 @pytest.mark.parametrize(("rows", "keys"), [(32, 32), (64, 16), (16, 64)])
 def test_means_are_those_of_plain_torch(rows: int, keys: int) -> None:
     """Views of a wider workspace, a ragged last block, V with offsets."""
     x = torch.cat(inputs(), dim=1)
     q, k, v = x[:, :2], x[:, 2:4], x[:, 4:] + 3
-    means, (k_centre, v_centre, reach) = mean_blocks(q, k, v, cut_sequence(TOKENS, 20, TOKENS, 0.2, rows, keys))
-    for made, given, size in ((means.q, q, rows), (means.k, k, keys), (means.v, v, keys)):
+    cut = cut_sequence(TOKENS, 20, TOKENS, 0.2, rows, keys)
+    q_means, v_means, (k_centre, v_centre, reach) = mean_blocks(q, k, v, cut)
+    for made, given, size in ((q_means, q, rows), (v_means, v, keys)):
         torch.testing.assert_close(made.transpose(0, 1), block_means(given, size), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(k_centre, k.float().mean(0), atol=1e-6, rtol=1e-6)
+    sampled = k[reference.sampled_tokens(TOKENS, SAMPLED, TURN)]
+    torch.testing.assert_close(k_centre, sampled.float().mean(0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(v_centre, v.float().mean(0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(reach, (v - v_centre).abs().amax(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(TOKENS, 16), (TOKENS, 64), (128, 32), (7, 32)])
+def test_means_of_keys_come_with_their_codes(tokens: int, keys: int) -> None:
+    """Of K before its centre is subtracted, views of a wider workspace; codes are padded to 64 tokens, means are not,
+    and nothing is written behind them. Codes are the same without means, and everything in every run."""
+    offsets = 3 * torch.randn(3 * HEADS, DIM, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    wide = torch.cat(inputs(), dim=1)[:tokens] + offsets
+    _, k, v = wide.split(HEADS, dim=1)
+    tile, blocks = replace(TILE, keys=keys), -(-tokens // keys)
+    centres = statistics(k, v)
+    plain = encode_keys(k, tile, centres)
+    found = []
+    for how in (Pass(8, 4, 3), Pass(2, 4, 1)):
+        room = torch.full((HEADS * blocks * DIM + 999,), torch.nan, device=DEVICE)
+        means = room[: HEADS * blocks * DIM].view(HEADS, blocks, DIM)
+        codes = encode_keys(k, tile, centres, how, means)
+        assert all(map(torch.equal, codes, plain))
+        torch.testing.assert_close(means.transpose(0, 1), block_means(k, keys), atol=1e-5, rtol=1e-6)
+        assert room[HEADS * blocks * DIM :].isnan().all()
+        found.append(means)
+    assert torch.equal(*found)
 
 
 def test_a_cut_of_another_sequence_is_refused() -> None:
