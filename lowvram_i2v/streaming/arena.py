@@ -77,14 +77,14 @@ def _make_pages(memory: Tensor) -> None:
     """A request too: where it is refused, pages are made when they are first used."""
     if sys.platform != "linux":
         return
-    pieces = max(1, memory.numel() // MAKERS // LARGE_PAGE) * LARGE_PAGE
+    piece = max(1, memory.numel() // MAKERS // LARGE_PAGE) * LARGE_PAGE
     madvise, end = ctypes.CDLL(None).madvise, memory.numel() // PAGE * PAGE
 
     def make(start: int) -> None:
-        madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(min(pieces, end - start)), POPULATE_WRITE)
+        madvise(ctypes.c_void_p(memory.data_ptr() + start), ctypes.c_size_t(min(piece, end - start)), POPULATE_WRITE)
 
     with ThreadPoolExecutor(MAKERS) as threads:
-        list(threads.map(make, range(0, end, pieces)))
+        list(threads.map(make, range(0, end, piece)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools.train_demo.backgrounds import BACKGROUNDS as DRAWN
+from tools.train_demo.clips import DEMANDING, OF, demanding_clip, demo_clip
 from tools.train_demo.prompts import (
     ACTIONS,
     BACKGROUNDS,
@@ -83,6 +84,21 @@ def test_a_script_can_be_told_by_eye() -> None:
         if len(script.subjects) > 1:
             a, b = (hue(subject.colour) for subject in script.subjects)
             assert abs((a - b + 180) % 360 - 180) >= FEWEST_DEGREES
+
+
+def test_demanding_clips_are_two_of_five_and_the_others_are_the_usual_ones() -> None:
+    for number in range(2 * OF):
+        clip, usual = (source(0, number, (128, 128)) for source in (demanding_clip, demo_clip))
+        if number % OF >= DEMANDING:
+            assert clip.prompt == usual.prompt
+            assert np.array_equal(clip.frames, usual.frames)
+        else:
+            script = draw_scene(0, number, size=(128, 128), demanding=True).script
+            assert clip.prompt == draw_scene(0, number, size=(128, 128), demanding=True).prompt
+            assert script.camera != "still"
+            turns = any(subject.action in TURNS for subject in script.subjects)
+            assert turns or script.background == "starry night"
+            assert not any(subject.held_out for subject in script.subjects)
 
 
 def test_a_held_out_scene_moves() -> None:

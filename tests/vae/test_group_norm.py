@@ -85,6 +85,18 @@ fused.add_and_measure(x, bias, None, ours, slice(1, 4), store=False)
 torch.testing.assert_close(ours.state, theirs.state, atol=1e-5, rtol=1e-5)
 assert torch.equal(x, before)
 
+# a program of many tiles: values far from 0 that drift, and a last tile that is not full
+fused.PARTS, fused.MEASURED_TILE = 2, 64
+x = torch.randn(3, 11, 13, 8) + 300 + torch.linspace(0, 40, 11)[:, None, None]
+for residual in (None, torch.randn(3, 11, 13, 8) - 500):
+    for part in (slice(0, 11), slice(4, 9)):
+        a, b = x.clone(), x.clone()
+        ours, theirs = plain.Moments(4, x.device), plain.Moments(4, x.device)
+        plain.add_and_measure(a, bias, residual, theirs, part)
+        fused.add_and_measure(b, bias, residual, ours, part)
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(ours.state, theirs.state, atol=1e-5, rtol=1e-5)
+
 for time, first, dropped in ((1, 0, 0), (2, 0, 1), (2, 3, 0), (2, 4, 1)):
     top = -1 if not first else (first - 1) // 2
     phases, spread = torch.randn(3, 4, 6, time * 32), plain.Phases(time, first, top, dropped)
