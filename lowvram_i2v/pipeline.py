@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +51,7 @@ from lowvram_i2v.vae.encoder import VaeEncoder
 from lowvram_i2v.vae.engine import decode_frames
 from lowvram_i2v.vae.image_encoder import ImageEncoder
 from lowvram_i2v.vae.policy import policy_of
-from lowvram_i2v.video import to_uint8, write_video
+from lowvram_i2v.video import write_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -328,8 +327,9 @@ def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
     ):
         done = -drop
         latents, policy = latents / header.vae.scaling_factor, policy_of(job.profile.decode)
-        for segment in decode_frames(decoder, latents, policy, job.plan.decoding):
-            frames = (segment / 2 + 0.5).clamp(0, 1)
+        for frames in decode_frames(decoder, latents, policy, job.plan.decoding):
+            with torch.inference_mode():
+                frames.mul_(0.5).add_(0.5).clamp_(0, 1)
             yield frames[:, max(0, -done) :]
             done += frames.shape[1]
             job.listen(PhaseAdvanced("decode", max(0, done)))
@@ -337,7 +337,7 @@ def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
 
 def write(job: VideoJob, pieces: Iterator[Tensor]) -> Path:
     """Frames into the mp4 as they come, settings and circumstances with them."""
-    frames = (frame for piece in pieces for frame in to_uint8(np.ascontiguousarray(piece.permute(1, 2, 3, 0).numpy())))
+    frames = (frame for piece in pieces for frame in piece.permute(1, 2, 3, 0).numpy())
     write_video(frames, job.request.output, job.request.fps, _settings(job))
     return job.request.output
 

@@ -28,9 +28,10 @@ from lowvram_i2v.streaming.load import host_bytes
 from lowvram_i2v.text.streamed import longest_prompt
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.planning import decode_bytes, encode_bytes
-from lowvram_i2v.vae.planning import host_bytes as decode_host_bytes
+from lowvram_i2v.vae.planning import ram_bytes as decode_ram_bytes
 from lowvram_i2v.vae.policy import DecodeChunking, policy_of
 from lowvram_i2v.vae.route import Shape
+from lowvram_i2v.video import AHEAD
 
 GIB, MIB = 2**30, 2**20
 ROWS = (4096, 2048, 1024, 512)
@@ -313,7 +314,7 @@ def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeCh
     """Video memory and RAM of decoding. Where no chunk is small enough: what there is and a little more."""
     try:
         arguments = vae, latent, policy_of(policy), chunking, ELEMENT
-        return decode_bytes(*arguments), decode_host_bytes(*arguments)
+        return decode_bytes(*arguments), decode_ram_bytes(*arguments, waiting=AHEAD)
     except ResourceError:
         return chunking.device_bytes + LIBRARIES, 0
 
@@ -332,7 +333,7 @@ def _within_ram(sizes: ModelSizes, profile: VramProfile, plan: MemoryPlan, ram: 
         return _within_ram(sizes, profile, replace(plan, phases=phases, host="mapped"), ram)
     remedy = 'host = "mapped" in the profile reads blocks from the disk' if plan.host == "pinned" else "close programs"
     if worst.name == "decode":
-        remedy = 'decode = "reference" keeps less of the video'
+        remedy = "a smaller video" if profile.decode == "reference" else 'decode = "reference" keeps less of the video'
     raise ResourceError(
         f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, the program's own {PROCESS_RAM / GIB:.2f} included, and "
         f"{ram / GIB:.2f} GiB are free",

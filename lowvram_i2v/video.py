@@ -1,7 +1,9 @@
 """Frames become an mp4 that knows how it was made.
 
-Invariants: frames are taken one at a time from an iterator and never held; the file appears under its name
-whole or not at all (hidden temporary file in the same folder, fsync, rename), and an existing one is replaced
+    frames -> AHEAD of them at most wait -> 8 bits and a pipe, by a thread -> ffmpeg
+
+Invariants: whoever makes the frames waits for the encoder only where AHEAD of them are waiting; the file appears under
+its name whole or not at all (hidden temporary file in the same folder, fsync, rename), and an existing one is replaced
 only then; frame count and size are exact. H.264, yuv420p, colours converted and tagged as BT.709. The
 settings are the mp4's `comment` and lie beside it as OUTPUT.mp4.json. Left out: sound, other containers and
 codecs.
@@ -15,7 +17,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -27,7 +31,10 @@ import numpy.typing as npt
 from lowvram_i2v.errors import PlatformError, RequestError, ResourceError
 from lowvram_i2v.whole_file import hidden, land
 
-Frame = npt.NDArray[np.uint8]  # [H, W, 3], RGB
+Frame = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+"""[H, W, 3], RGB: 0..255, or numbers in 0..1."""
+
+AHEAD = 48  # frames that wait for the encoder: those of a tile of time, so that the next one is decoded meanwhile
 CRF = 16  # x264's quality: 18 is commonly called visually lossless, lower is better
 BYTES_A_PIXEL = 0.2  # of the mp4, a generous estimate: smooth video needs a tenth of it
 DISK_MARGIN = 32 << 20
@@ -39,8 +46,9 @@ def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """Values in 0..1, any shape, to 0..255: clipped and rounded. Raises ValueError for NaN."""
     if np.isnan(frames).any():
         raise ValueError("frames hold values that are not numbers")
-    values = np.rint(np.clip(frames, 0, 1) * 255)
-    return np.asarray(values, dtype=np.uint8)
+    values = np.clip(frames, 0, 1)
+    values *= 255
+    return np.asarray(np.rint(values, out=values), dtype=np.uint8)
 
 
 def check_output(path: Path, width: int, height: int, frames: int) -> None:
@@ -80,7 +88,8 @@ def settings_path(path: Path) -> Path:
 
 
 def write_video(frames: Iterable[Frame], path: Path, fps: int, settings: dict[str, Any]) -> int:
-    """Encodes frames uint8 [H, W, 3] (H and W even, all alike) as they come; returns how many there were.
+    """Encodes frames [H, W, 3] (H and W even, all alike) as they come; returns how many there were. A frame must not
+    change afterwards.
 
     Replaces `path` and its JSON at the very end. If anything fails, the iterator included, nothing is left
     and the encoder is gone. Raises PlatformError with ffmpeg's last lines, ResourceError if the disk is full.
@@ -98,12 +107,12 @@ def write_video(frames: Iterable[Frame], path: Path, fps: int, settings: dict[st
     ):
         beside.write_text(_json(settings, indent=2) + "\n", encoding="utf-8")
         comment.write_text(_ffmetadata(_json(settings)), encoding="utf-8", newline="\n")
-        with _encoder(_command(video, comment, width, height, fps)) as pipe:
+        with _encoder(_command(video, comment, width, height, fps)) as encode:
             count = 0
             for frame in chain([first], iterator):
-                if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
+                if frame.shape != (height, width, 3) or frame.dtype not in (np.uint8, np.float32):
                     raise ValueError(f"frame {count} is {frame.dtype} {frame.shape}, the first {first.shape}")
-                pipe.write(np.ascontiguousarray(frame).data)
+                encode(frame)
                 count += 1
         land(video, path)
         land(beside, settings_path(path))
@@ -145,27 +154,53 @@ def _command(video: Path, comment: Path, width: int, height: int, fps: int) -> l
 
 
 @contextmanager
-def _encoder(command: list[str]) -> Iterator[IO[bytes]]:
-    """Runs ffmpeg and yields its standard input; at the end waits for it and checks that it succeeded."""
-    with tempfile.TemporaryFile() as log:
+def _encoder(command: list[str]) -> Iterator[Callable[[Frame], None]]:
+    """Runs ffmpeg and yields what takes its frames; at the end waits for it and checks that it succeeded."""
+    with tempfile.TemporaryFile() as log, ThreadPoolExecutor(1, "encode") as thread:
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         except OSError as error:
             raise PlatformError(f"ffmpeg does not start: {error}.", REINSTALL) from error
         assert process.stdin is not None
+        waiting = _Waiting(thread, process.stdin)
         try:
             try:
-                yield process.stdin
+                yield waiting.add
+                waiting.end()
                 process.stdin.close()
             except BrokenPipeError as error:  # ffmpeg gave up first: its log says why
                 raise _ffmpeg_failed(process.wait(), log) from error
             if process.wait() != 0:
                 raise _ffmpeg_failed(process.returncode, log)
         finally:
-            process.kill()
+            process.kill()  # and with it a write that the thread is in
             process.wait()
+            thread.shutdown(cancel_futures=True)
             with suppress(BrokenPipeError):  # closing flushes what a dead reader cannot take
                 process.stdin.close()
+
+
+class _Waiting:
+    """Frames on their way into a pipe, which a thread fills. What fails there is raised by the next call here."""
+
+    def __init__(self, thread: ThreadPoolExecutor, pipe: IO[bytes]) -> None:
+        self._thread, self._pipe = thread, pipe
+        self._frames: deque[Future[None]] = deque()
+
+    def add(self, frame: Frame) -> None:
+        while self._frames and (self._frames[0].done() or len(self._frames) >= AHEAD):
+            self._frames.popleft().result()
+        self._frames.append(self._thread.submit(self._write, frame))
+
+    def end(self) -> None:
+        while self._frames:
+            self._frames.popleft().result()
+
+    def _write(self, frame: Frame) -> None:
+        """A decoded frame lies in planes: one after the other is twice as fast as the transposed whole."""
+        if frame.dtype != np.uint8:
+            frame = np.stack([to_uint8(frame[..., channel].astype(np.float32, copy=False)) for channel in range(3)], -1)
+        self._pipe.write(np.ascontiguousarray(frame).data)
 
 
 def _ffmpeg_failed(code: int, log: IO[bytes]) -> PlatformError | ResourceError:

@@ -250,7 +250,8 @@ class _Run:
                 affine = affines[index]
                 if affine is None and stage.norm is not None:
                     (affine,) = self._known([stage], [moments[index - 1]])
-                state = stage(state, affine, core, moments[index], work.room, at)
+                rows = _rows_before(core, part[index + 1 :])
+                state = stage(state, affine, rows, moments[index] if rows[0] < rows[1] else None, work.room, at)
             if keep is not None:
                 keep(state, max(0, (chunk[0] - 1) * time + 1), core)
         for stage in stages:
@@ -312,6 +313,12 @@ class _Work:
 
 
 _Chunk = tuple[Rows, Rows, list[Rows]]
+
+
+def _rows_before(core: Rows, later: Sequence[Stage]) -> Rows:
+    """Rows that the stages `later` make `core` of: those of all bands together are each row once. May be none."""
+    space = prod(stage.space for stage in later)
+    return -(-core[0] // space), -(-core[1] // space)
 
 
 def _read(kept: _Kept, first: Stage, work: Sequence[_Chunk]) -> Iterator[State]:

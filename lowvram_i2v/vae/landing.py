@@ -1,6 +1,6 @@
 """Finished parts of tiles become one picture on the CPU, while the device computes the next tile.
 
-    part on the device -> one of BUFFERS page-locked buffers -> its place in the picture, by a thread
+    part on the device -> one of LANDING page-locked buffers -> its place in the picture, by a thread
 
 Invariants: the picture is made once, float32 [C, T, H, W], and each part copied to its place; `put` returns when the
 part may be overwritten by what the device is given next. The host waits only where all buffers are under way.
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-BUFFERS = 3
+from lowvram_i2v.vae.planning import LANDING
 
 
 class Landing:
@@ -49,7 +49,7 @@ class Landing:
         self._under_way.append(self._thread.submit(_settle, buffer, landed, _recorded(), place))
 
     def _buffer(self, size: int) -> Tensor:
-        if len(self._under_way) == BUFFERS:
+        if len(self._under_way) == LANDING:
             used = self._under_way.popleft().result()
             if used.numel() >= size:
                 return used

@@ -27,6 +27,7 @@ NORMED_AT_ONCE = 8  # parts in which the image encoder normalizes, each in float
 MIXED = 3  # borders at a time that mixing makes: two faded ones, and a finished part on its way to the host
 SMALL = 2**15  # bytes a channel, of the most: parts of a chunk's moments
 WRITING = 0.1  # what writing a value of the padded input costs, in convolutions of it
+LANDING = 3  # buffers for parts of tiles on their way to the host
 WORTH = 1.5  # how much more work small chunks may make before a tensor is rather not kept on the device
 
 
@@ -46,6 +47,25 @@ def host_bytes(config: VaeConfig, latent: Shape, policy: Policy, chunking: Decod
     if policy.moments == "tile":
         shape, chunking = largest_tile(config, latent), tile_chunking(config, latent, policy, chunking, element)
     return max(step.host_bytes for step in plan_route(config, shape, policy, chunking, element))
+
+
+def ram_bytes(
+    config: VaeConfig, latent: Shape, policy: Policy, chunking: DecodeChunking, element: int, waiting: int
+) -> int:
+    """The most bytes of RAM: page-locked ones, and finished frames in float32, of which `waiting` wait to be encoded.
+
+    Of tiles, the picture of one time is encoded while that of the next comes together, and is mixed with a border.
+    """
+    locked = host_bytes(config, latent, policy, chunking, element)
+    frames = (latent.frames - 1) * config.time_ratio + 1
+    frame = 4 * config.out_channels * latent.height * latent.width * config.spatial_ratio**2
+    if policy.moments == "global":  # the decoder's own memory is given back when frames begin to leave
+        return max(locked, (element * frames + 4 * min(waiting, frames)) * frame // 4)
+    tile = largest_tile(config, latent)
+    time = (tile.frames - 1) * config.time_ratio + 1
+    part = 4 * config.out_channels * time * tile.height * tile.width * config.spatial_ratio**2
+    fading = round(config.sample_tsize * config.tile_overlap_factor)
+    return locked + LANDING * part + frame * (time if frames == time else 2 * (time + fading))
 
 
 def tile_chunking(

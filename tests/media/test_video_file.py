@@ -4,6 +4,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections import namedtuple
 
 import imageio_ffmpeg
@@ -133,8 +135,9 @@ def test_settings_fall_back_to_the_json_and_are_refused_where_there_are_none(tmp
         read_settings(tmp_path / "none.mp4")
 
 
-def test_frames_are_taken_one_at_a_time(tmp_path):
-    """The second frame is asked for only after the first was handed on: nothing collects the iterator."""
+def test_as_many_frames_as_may_wait_are_held(tmp_path, monkeypatch):
+    """Those that wait, the one that comes and the one that is made: nothing collects the iterator."""
+    monkeypatch.setattr(video, "AHEAD", 4)
     alive = []
 
     class Counted(np.ndarray):
@@ -145,9 +148,54 @@ def test_frames_are_taken_one_at_a_time(tmp_path):
         for frame in smooth_frames(20, 64, 48):
             alive.append(1)
             yield frame.view(Counted)
-            assert len(alive) <= 3
+            assert len(alive) <= 4 + 2
 
     assert write_video(frames(), tmp_path / "out.mp4", 24, SETTINGS) == 20
+
+
+def test_a_slow_encoder_holds_nobody_up_until_all_places_are_taken(tmp_path, monkeypatch):
+    """An encoder that reads nothing until the frames have stopped coming."""
+    taken, stopped_at, told = [], [], tmp_path / "told"
+    script = f"""import pathlib, sys, time
+while not pathlib.Path({str(told)!r}).exists():
+    time.sleep(0.02)
+pathlib.Path(sys.argv[1]).write_bytes(sys.stdin.buffer.read())"""
+    monkeypatch.setattr(video, "_command", lambda path, *_: [sys.executable, "-c", script, str(path)])
+    monkeypatch.setattr(video, "AHEAD", 8)
+    frame = np.zeros((480, 640, 3), np.uint8)  # more than a pipe holds
+
+    def frames():
+        for _ in range(40):
+            taken.append(1)
+            yield frame
+
+    def watch():
+        before = -1
+        while before != len(taken):
+            before = len(taken)
+            time.sleep(0.5)
+        stopped_at.append(before)
+        told.touch()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert write_video(frames(), tmp_path / "out.mp4", 24, SETTINGS) == 40
+    watcher.join()
+    assert stopped_at == [8 + 1]
+    assert (tmp_path / "out.mp4").read_bytes() == frame.tobytes() * 40
+
+
+def test_numbers_are_rounded_on_their_way(tmp_path):
+    """Planes of float32, as a decoder makes them, give the bytes that rounding them by hand gives."""
+    planes = np.random.default_rng(0).uniform(-0.2, 1.2, (3, 5, 48, 64)).astype(np.float32)
+    frames = planes.transpose(1, 2, 3, 0)
+    write_video(iter(frames), tmp_path / "numbers.mp4", 24, SETTINGS)
+    write_video(iter(to_uint8(np.ascontiguousarray(frames))), tmp_path / "bytes.mp4", 24, SETTINGS)
+    assert (tmp_path / "numbers.mp4").read_bytes() == (tmp_path / "bytes.mp4").read_bytes()
+    planes[1, 3, 20, 20] = np.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        write_video(iter(frames), tmp_path / "nan.mp4", 24, SETTINGS)
+    assert not (tmp_path / "nan.mp4").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("decode failed"), KeyboardInterrupt()])
@@ -195,7 +243,7 @@ def test_the_same_frames_make_the_same_bytes_with_ordinary_permissions(tmp_path)
 
 def test_wrong_frames_are_bugs_and_leave_nothing(tmp_path):
     good = next(smooth_frames(1, 64, 48))
-    for frames in ([], [good, good[:32]], [good.astype(np.float32)], [good, good[..., :2]]):
+    for frames in ([], [good, good[:32]], [good.astype(np.float64)], [good, good[..., :2]]):
         with pytest.raises(ValueError, match="frame"):
             write_video(frames, tmp_path / "out.mp4", 24, SETTINGS)
     assert list(tmp_path.iterdir()) == []

@@ -138,12 +138,12 @@ def test_in_float32(decoder, policy, shape):
     assert error(torch.cat(list(decode_frames(decoder, latent, policy, SMALL)), 1), expected) < 1e-5
 
 
-def tail_route(measures):
-    """All stages one by one, and the last upsampling with all that follows as a tail."""
+def tail_route(measures, ups=1, rows=24):
+    """All stages one by one, and the last `ups` upsamplings with all that follows as a tail, in bands of `rows`."""
     part = stages(CONFIG)
-    last_up = max(index for index, stage in enumerate(part) if stage.kind == "up")
-    head = [Segment(index, index + 1, 2, 9, "device", "device") for index in range(last_up)]
-    return [*head, Segment(last_up, len(part), 2, 24, "device", measures=measures)]
+    tail = [index for index, stage in enumerate(part) if stage.kind == "up"][-ups]
+    head = [Segment(index, index + 1, 2, 9, "device", "device") for index in range(tail)]
+    return [*head, Segment(tail, len(part), 2, rows, "device", measures=measures)]
 
 
 def test_the_tail_comes_nearer_with_every_pass(exact):
@@ -153,6 +153,14 @@ def test_the_tail_comes_nearer_with_every_pass(exact):
     errors = [error(decoded(engine, latent, tail_route(measures)), expected) for measures in (0, 4, 5, None)]
     assert errors[1] < errors[0] / 10
     assert max(errors[2:]) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [7, 3])
+def test_a_tail_with_an_upsampling_in_its_middle(exact, rows):
+    """Each stage measures rows of its own scale, each row once, wherever bands begin; 3 may be none of a stage."""
+    latent, engine = torch.randn(4, 2, 3, 2, dtype=torch.float64), Engine(exact)
+    route = tail_route(13, 3, rows)
+    assert error(decoded(engine, latent, route), plain(exact, latent)) < 1e-10
 
 
 @pytest.mark.parametrize("policy", [SEAMLESS, REFERENCE])

@@ -1,5 +1,7 @@
 """What the planner says a decode takes, against what it allocates."""
 
+from collections import deque
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +12,18 @@ from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.vae import engine as engine_module
 from lowvram_i2v.vae.config import VaeConfig
 from lowvram_i2v.vae.decoder import VaeDecoder
-from lowvram_i2v.vae.engine import Engine
-from lowvram_i2v.vae.planning import decode_bytes, fixed_bytes, host_bytes, plan_route, walk, weight_bytes
+from lowvram_i2v.vae.engine import Engine, decode_frames
+from lowvram_i2v.vae.planning import (
+    LANDING,
+    blending_bytes,
+    decode_bytes,
+    fixed_bytes,
+    host_bytes,
+    plan_route,
+    ram_bytes,
+    walk,
+    weight_bytes,
+)
 from lowvram_i2v.vae.policy import POLICIES, DecodeChunking
 from lowvram_i2v.vae.route import Shape
 
@@ -64,6 +76,40 @@ def test_the_budget_holds(policy, gib, size):
     chunking, shape = DecodeChunking(int(gib * GIB)), Shape(*size)
     assert decode_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.device_bytes
     assert host_bytes(VaeConfig(), shape, policy, chunking, 2) <= chunking.host_bytes
+
+
+@pytest.mark.parametrize("frames", [4, 9, 13])
+def test_finished_frames_are_counted(frames, monkeypatch):
+    """Tiles that cost nothing, and an encoder that lets as many frames wait as a tile of time gives."""
+    config = replace(CONFIG, sample_size=64, sample_tsize=16)
+    decoder, shape = VaeDecoder(config), Shape(frames, 40, 44)
+    policy, pixels = POLICIES["reference"], torch.zeros(3, 17, 64, 64)
+
+    def tile(part):
+        _, time, height, width = part.shape
+        return pixels[:, : 4 * time - 3, : 8 * height, : 8 * width]
+
+    monkeypatch.setattr(Engine, "tiles", lambda *_: tile)
+
+    def encode():
+        waiting = deque(maxlen=12)
+        for piece in decode_frames(decoder, torch.zeros(8, frames, 40, 44), policy):
+            waiting.extend(piece.unbind(1))
+
+    time = 4 * (min(frames, 5) - 1) + 1
+    predicted = ram_bytes(config, shape, policy, DecodeChunking(), 4, waiting=12) - LANDING * 12 * time * 64 * 64
+    (peak,) = peaks_of([encode])
+    beside = blending_bytes(config, shape) + weight_bytes(config, 4)  # the device's
+    assert 0.97 * predicted < peak < 1.03 * predicted + beside
+
+
+def test_seamless_frames_wait_when_the_decoder_has_given_its_memory_back():
+    shape, policy = Shape(33, 90, 160), POLICIES["seamless"]
+    frame = 3 * 720 * 1280
+    held = host_bytes(VaeConfig(), shape, policy, DecodeChunking(), 2)
+    assert ram_bytes(VaeConfig(), shape, policy, DecodeChunking(), 2, waiting=48) == held > (2 * 129 + 4 * 48) * frame
+    ample = DecodeChunking(device_bytes=60 * GIB)  # all is kept there, but the video
+    assert ram_bytes(VaeConfig(), shape, policy, ample, 2, waiting=48) == (2 * 129 + 4 * 48) * frame
 
 
 def test_too_little_memory_is_said_with_numbers():

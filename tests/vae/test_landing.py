@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowvram_i2v.vae import landing
-from lowvram_i2v.vae.landing import BUFFERS, Landing
+from lowvram_i2v.vae.landing import Landing
+from lowvram_i2v.vae.planning import LANDING
 
 ROWS, COLUMNS = (5, 5, 3), (4, 4, 4, 1)
 
@@ -61,4 +62,4 @@ def test_parts_of_a_device_land_late_in_few_buffers(monkeypatch: pytest.MonkeyPa
         picture._send(part, made_of[:, :, top : top + part.shape[2], left : left + part.shape[3]])
     picture.finished()
     assert torch.equal(made_of, joined(given))
-    assert len(made) < 2 * BUFFERS
+    assert len(made) < 2 * LANDING
