@@ -69,7 +69,7 @@ ALLOWED = {
         "device",
     },
     "sizes": {"checkpoint", "dit", "streaming", "text", "kernels", "variant", *CONFIGS},
-    "plan": {"sizes", "dit", "attention", "streaming", "text", "vae", "request", "profile", "errors"},
+    "plan": {"sizes", "dit", "attention", "streaming", "text", "vae", "request", "profile", "video", "errors"},
     "cards": {"dit.config"},
     "job": {
         "checkpoint",
