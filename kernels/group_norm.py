@@ -11,14 +11,12 @@ Between them, `Moments` turns what was measured into the next scale and shift. M
 in float64 (Chan's formula), so that 5e8 values lose nothing to cancellation. Each chunk's are merged at once: kept, the
 parts of some chunks took 0.3 GiB. Nothing here waits for the device.
 
-These are the plain-torch definitions and the oracle of `group_norm_triton`, which takes over on CUDA where Triton is
-installed.
+These are the plain-torch definitions and the oracle of `group_norm_triton`, which takes over on CUDA where
+`decoder_trial` finds it right.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -54,10 +52,6 @@ class Moments:
 
     def add(self, counts: Tensor, means: Tensor, squares: Tensor) -> None:
         """Parts: counts [parts], and [parts, channels] means and sums of squared distances."""
-        triton = _triton(means)
-        if triton is not None:
-            triton.merge(self.state, counts, means, squares)
-            return
         by_group = means.double().view(len(means), self.state.shape[1], -1)
         weight = counts.double()[:, None, None]
         added = counts.double().sum() * by_group.shape[2]
@@ -168,12 +162,11 @@ def _add_moments(moments: Moments, x: Tensor, bias: Tensor) -> None:
 
 def has_triton(x: Tensor) -> bool:
     """Whether a kernel takes over."""
-    return x.is_cuda and _installed()
+    if not x.is_cuda:
+        return False
+    from lowvram_i2v.kernels.decoder_trial import fault
 
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+    return fault(x.device) is None
 
 
 def _triton(x: Tensor) -> ModuleType | None:

@@ -143,7 +143,7 @@ def _launch(
         num_warps=WARPS,
     )
     if moments is not None:
-        moments.add(counts, means, squares)
+        merge(moments.state, counts, means, squares)
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def _add_and_measure(
 
 
 def merge(state: Tensor, counts: Tensor, means: Tensor, squares: Tensor) -> None:
-    """As `group_norm.Moments.add`, in place."""
+    """As `group_norm.Moments.add`, for its state."""
     parts, channels = means.shape
     groups = state.shape[1]
     _merge[(groups,)](

@@ -3,7 +3,8 @@
 Attention of a head too wide for fused kernels is two matrix products with this between them: scores of some keys become
 weights relative to the highest score so far, and what was summed before is scaled to it.
 
-The plain-torch definition and the oracle of `softmax_step_triton`, which takes over on CUDA where Triton is installed.
+The plain-torch definition and the oracle of `softmax_step_triton`, which takes over on CUDA where `decoder_trial`
+finds it right.
 """
 
 from __future__ import annotations

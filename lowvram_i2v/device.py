@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU; "cpu", "cuda" and "cuda:N" are taken by their word.
+    """ "auto" is the first CUDA device, else the CPU; "cpu", "cuda" and "cuda:N" are taken by their word. A CUDA device
+    becomes the current one: kernels and events go where that is.
 
     Raises PlatformError if a named CUDA device is not there.
     """
@@ -29,7 +30,7 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -46,8 +47,9 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices",
             f"Use cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
         )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     return device
 
 

@@ -6,8 +6,8 @@ Each phase loads one component, uses it and frees it; between phases only small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from lowvram_i2v.dit.token_order import token_order
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
 from lowvram_i2v.dit.workspace import Workspace
 from lowvram_i2v.embed_cache import latent_key, prompt_key
-from lowvram_i2v.errors import ResourceError
+from lowvram_i2v.errors import PlatformError, ResourceError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced
 from lowvram_i2v.image import pixels
 from lowvram_i2v.job import DEFAULTS, Job, RunOptions, VideoJob, prepare, prepare_decode
+from lowvram_i2v.kernels import decoder_trial
 from lowvram_i2v.kernels.op_cases import Sizes, faults
 from lowvram_i2v.kernels.ops import PLAIN, Ops, choose
 from lowvram_i2v.kernels.quant_linear import set_compute
@@ -267,7 +268,8 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
 
 
 def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
-    """The ops of this device: fused kernels where they pass their self-test on it, else torch's own."""
+    """The ops of this device: fused kernels where they pass their self-test on it, else torch's own, which are then
+    tried too. Raises PlatformError where those fail."""
     header, ops = job.model.header, choose(job.device)
     if ops is PLAIN:
         return ops
@@ -275,10 +277,17 @@ def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
     sizes = Sizes(SELF_TEST_ROWS, SELF_TEST_ROWS // 3, config.heads, config.head_dim, config.mlp_hidden)
     codes = [CODES[header.scheme]] if job.profile.compute == "w8a8" and header.scheme in CODES else []
     refused = faults(ops, sizes, job.device, dtype, chunked.OPS, codes)
+    trusted = choose(job.device, refused)
+    still = faults(trusted, sizes, job.device, dtype, refused, codes)
     release(job.device)
     for name, why in refused.items():
         job.listen(Notice(f"The fused kernel {name} fails its self-test on this card; torch's own is used ({why})."))
-    return choose(job.device, refused)
+    if still:
+        raise PlatformError(
+            f"torch's own {', '.join(still)} fails its self-test on this card too: {'; '.join(still.values())}",
+            'A profile with compute = "w8a16" needs no 8-bit products; --device cpu needs no card.',
+        )
+    return trusted
 
 
 def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:
@@ -301,24 +310,30 @@ def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:
 @contextmanager
 def saved(job: Job, latents: Tensor) -> Iterator[None]:
     """Keeps the finished latents beside the output until the video is complete: nothing finished is lost."""
-    path = latents_path(job.request.output)
+    path, kept = latents_path(job.request.output), False
     try:
         save_latents(path, latents, _settings(job))
+        kept = True
     except ResourceError as error:
         job.listen(Notice(f"The latents are not kept while they are decoded: {error.what}"))
     try:
         yield
     except BaseException:
-        if path.is_file():
+        if kept:
             job.listen(Notice(f"The sampled latents are safe. To go on: lowvram-i2v decode {path}"))
         raise
-    path.unlink(missing_ok=True)
+    if kept:
+        path.unlink(missing_ok=True)
 
 
-def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
+def decode(job: VideoJob, latents: Tensor) -> Generator[Tensor]:
     """Latents [16, T, H, W] -> pieces of the video [3, frames, height, width] in 0..1, on the CPU, when ready."""
     header, device = job.model.header, job.device
     drop = header.variant.dropped_frames
+    if device.type == "cuda" and (why := decoder_trial.fault(device)):
+        job.listen(
+            Notice(f"The decoder's own kernels are not used on this card; torch's are, which are slower ({why}).")
+        )
     with (
         phase("decode", device, job.listen, job.output_frames, "frames"),
         job.model.load(
@@ -335,10 +350,11 @@ def decode(job: VideoJob, latents: Tensor) -> Iterator[Tensor]:
             job.listen(PhaseAdvanced("decode", max(0, done)))
 
 
-def write(job: VideoJob, pieces: Iterator[Tensor]) -> Path:
-    """Frames into the mp4 as they come, settings and circumstances with them."""
-    frames = (frame for piece in pieces for frame in piece.permute(1, 2, 3, 0).numpy())
-    write_video(frames, job.request.output, job.request.fps, _settings(job))
+def write(job: VideoJob, pieces: Generator[Tensor]) -> Path:
+    """Frames into the mp4 as they come, settings and circumstances with them. Ends `pieces` whatever happens."""
+    with closing(pieces):
+        frames = (frame for piece in pieces for frame in piece.permute(1, 2, 3, 0).numpy())
+        write_video(frames, job.request.output, job.request.fps, _settings(job))
     return job.request.output
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,43 +26,58 @@ PAGE = 4096
 LARGE_PAGE = 2 << 20
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later
 MAKERS = 4  # threads that make pages
-REMEDY = (
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who wants memory, and what the user may do where there is none."""
+
+    name: str
+    remedy: str
+
+    def check_ram(self, size: int) -> None:
+        """Raises ResourceError with need and have if the machine has less free RAM."""
+        free = available_ram()
+        if free is not None and size > free:
+            need = f"{self.name} need {size / 2**30:.2f} GiB of RAM"
+            raise ResourceError(f"{need}, and {free / 2**30:.2f} GiB are available", self.remedy)
+
+
+BLOCKS = Tenant(
+    "streamed blocks",
     "Close other programs, use weights in a smaller scheme (int8, nf4), or keep more blocks resident in video memory "
-    "(resident_blocks in the profile)."
+    "(resident_blocks in the profile).",
 )
 
 
 @contextmanager
-def arena(size: int, device: torch.device) -> Iterator[Tensor]:
-    """`size` bytes of host memory, uint8, from a page's start, while a `with` lasts; page-locked where the blocks'
-    device is a CUDA one. Whoever copies from it must have ended before the end of the `with`.
+def arena(size: int, device: torch.device, tenant: Tenant = BLOCKS) -> Iterator[Tensor]:
+    """`size` bytes of host memory, uint8, from a page's start, while a `with` lasts; page-locked where the device is a
+    CUDA one. Whoever copies from it must have ended before the end of the `with`.
 
     Raises ResourceError with need and have if the machine has too little free RAM or refuses to lock it.
     """
     if not size:
         yield torch.empty(0, dtype=torch.uint8)
         return
-    free = available_ram()
-    if free is not None and size > free:
-        raise ResourceError(
-            f"streamed blocks need {size / 2**30:.2f} GiB of RAM, and {free / 2**30:.2f} GiB are available", REMEDY
-        )
-    memory = page_aligned(size)
+    tenant.check_ram(size)
+    memory = page_aligned(size, tenant)
     _ask_for_large_pages(memory)
     if device.type != "cuda":
         yield memory
         return
     _make_pages(memory)
-    with _page_locked(memory, device):
+    with _page_locked(memory, device, tenant):
         yield memory
 
 
-def page_aligned(size: int) -> Tensor:
+def page_aligned(size: int, tenant: Tenant = BLOCKS) -> Tensor:
     """`size` bytes of ordinary memory, uint8, that start at a page. Raises ResourceError where they are refused."""
     try:
         memory = torch.empty(size + PAGE, dtype=torch.uint8)
     except RuntimeError as error:
-        raise ResourceError(f"{size / 2**30:.2f} GiB of RAM for streamed blocks were refused", REMEDY) from error
+        refused = f"{size / 2**30:.2f} GiB of RAM for {tenant.name} were refused"
+        raise ResourceError(refused, tenant.remedy) from error
     start = -memory.data_ptr() % PAGE
     return memory[start : start + size]
 
@@ -88,15 +104,16 @@ def _make_pages(memory: Tensor) -> None:
 
 
 @contextmanager
-def _page_locked(memory: Tensor, device: torch.device) -> Iterator[None]:
+def _page_locked(memory: Tensor, device: torch.device, tenant: Tenant) -> Iterator[None]:
     """Page-locks memory for all CUDA devices while a `with` lasts."""
     with torch.cuda.device(device):
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         code = int(cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 1))  # 1: for all contexts
         if code:
             raise ResourceError(
-                f"the driver would not page-lock {memory.numel() / 2**30:.2f} GiB of RAM (CUDA error {code})",
-                f"Raise the limit of locked memory (ulimit -l), if there is one. {REMEDY}",
+                f"the driver would not page-lock {memory.numel() / 2**30:.2f} GiB of RAM for {tenant.name} "
+                f"(CUDA error {code})",
+                f"Raise the limit of locked memory (ulimit -l), if there is one. {tenant.remedy}",
             )
         try:
             yield

@@ -65,13 +65,12 @@ def stream_blocks(
             layouts[place].bind(modules[place], slab)
         for module in modules:
             module.eval().requires_grad_(False)
-        stream = BlockStream(
-            modules, {place: plan.layout for place, plan in streamed.items()}, in_host, slots, device, queue
-        )
+        layout_of_streamed = {place: plan.layout for place, plan in streamed.items()}
         try:
-            yield stream
+            with closing(BlockStream(modules, layout_of_streamed, in_host, slots, device, queue)) as stream:
+                yield stream
         finally:
-            stream.close()
+            queue.finish()  # copies of a stream that could not begin, too
             for module in modules:
                 module.to("meta")
 

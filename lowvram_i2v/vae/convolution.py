@@ -69,10 +69,17 @@ def trusted_convolution(device: torch.device, dtype: torch.dtype) -> Convolve:
     cudnn = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     candidates: list[Convolve] = [cudnn_conv3d] if cudnn else []
     candidates += [] if torch.__version__.startswith(SLOW_TORCH) else [conv3d]
-    for convolve in candidates:
-        if agree(convolved(convolve, x, weight), sum_of_2d):
-            return convolve
-    return conv2d_sum
+    return next((convolve for convolve in candidates if _right(convolve, x, weight, sum_of_2d)), conv2d_sum)
+
+
+def _right(convolve: Convolve, x: Tensor, weight: Tensor, expected: Tensor) -> bool:
+    """Whether it works here and gives that. Raises torch.OutOfMemoryError."""
+    try:
+        return agree(convolved(convolve, x, weight), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # cuDNN has no engine for it on this card
+        return False
 
 
 def convolved(convolve: Convolve, x: Tensor, weight: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def decode_frames(
     With tile moments, frames come as soon as the tiles of a time are blended. With global ones no frame is there before
     the last band of rows: the tail runs band after band, because it carries past frames along, and those of all bands
     take more memory than there is. After running out of device memory the tile or clip is decoded again in smaller
-    chunks. Raises ResourceError where no chunk is small enough.
+    chunks. Raises ResourceError where no chunk is small enough, torch.OutOfMemoryError where tiles cannot be mixed.
     """
     chunking = chunking or DecodeChunking()
     engine = Engine(decoder, watch)
@@ -107,7 +107,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 allowed = allowed.smaller()
                 routes.clear()
-            self._memory.drop()
+            self._drop()
             return decode(part)
 
         return decode
@@ -121,7 +121,13 @@ class Engine:
                 return self.run(latent, route).settled().permute(3, 0, 1, 2)
             except torch.OutOfMemoryError:
                 chunking = chunking.smaller()
-            self._memory.drop()  # after the error and the tensors in its trace are gone
+            self._drop()  # after the error and the tensors in its trace are gone
+
+    def _drop(self) -> None:
+        """The device's piece, and all views of it: a new one will be asked for."""
+        for stage in self._stages:
+            stage.restart()
+        self._memory.drop()
 
     def run(self, latent: Tensor, route: Sequence[Step]) -> Frames:
         """One clip, with its own moments, along `route`: frames of pictures, which the engine's memory holds."""

@@ -23,11 +23,17 @@ import torch
 from torch import Tensor
 
 from lowvram_i2v.device import release
-from lowvram_i2v.streaming.arena import arena
+from lowvram_i2v.streaming.arena import Tenant, arena
 from lowvram_i2v.vae.layout import ALIGNED, Place
 from lowvram_i2v.vae.planning import Kept
 from lowvram_i2v.vae.route import Rows, Shape
 from lowvram_i2v.vae.streamed import Room, Window
+
+TENANT = Tenant(
+    "the decoder's tensors",
+    'Close other programs, or take decode = "reference" (--policy reference), which keeps less in RAM; lowvram-i2v '
+    "decode goes on with saved latents.",
+)
 
 Part = tuple[Rows, Rows]
 """Frames and rows of a window."""
@@ -176,8 +182,7 @@ class HostPiece:
         self._given: Future[None] | None = None
 
     def make(self, size: int) -> None:
-        """Begins to make it anew. Copies have ended."""
-        self.close()
+        """Begins to make it. The one before is closed."""
         self.size = size
         self._memory = self._thread.submit(self._lock, size)
 
@@ -201,7 +206,7 @@ class HostPiece:
             self._given.result()
 
     def _lock(self, size: int) -> Tensor:
-        return self._locked.enter_context(arena(size, self._device))
+        return self._locked.enter_context(arena(size, self._device, TENANT))
 
     def _give_back(self) -> None:
         self._locked.close()
@@ -217,14 +222,18 @@ class Memory:
         self._host, self._video = HostPiece(device), HostPiece(device)
 
     def fit(self, piece: int, host: int, video: int) -> None:
-        """Makes all pieces at least as large as this. Raises torch.OutOfMemoryError."""
+        """Makes all pieces at least as large as this. Raises torch.OutOfMemoryError, and ResourceError for RAM."""
         if self._piece.numel() < piece:
             self._piece = self._piece[:0].clone()  # gone before the larger one comes
             self._piece = torch.empty(piece, dtype=torch.uint8, device=self._device)
-        for kept, size in ((self._host, host), (self._video, video)):
-            if kept.size < size:
-                self.settle()
-                kept.make(size)
+        larger = [(kept, size) for kept, size in ((self._host, host), (self._video, video)) if kept.size < size]
+        for kept, _ in larger:
+            self.settle()
+            kept.close()
+        if larger:  # both at once, before a thread each makes its own
+            TENANT.check_ram(sum(size for _, size in larger))
+        for kept, size in larger:
+            kept.make(size)
 
     def drop(self) -> None:
         """The device's piece, after it was too large."""

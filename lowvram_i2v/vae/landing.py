@@ -46,7 +46,7 @@ class Landing:
     def _send(self, part: Tensor, place: Tensor) -> None:
         buffer = self._buffer(part.numel())
         landed = buffer[: part.numel()].view(part.shape).copy_(part.contiguous(), non_blocking=True)
-        self._under_way.append(self._thread.submit(_settle, buffer, landed, _recorded(), place))
+        self._under_way.append(self._thread.submit(_settle, buffer, landed, _recorded(part.device), place))
 
     def _buffer(self, size: int) -> Tensor:
         if len(self._under_way) == LANDING:
@@ -57,18 +57,23 @@ class Landing:
 
 
 def _page_locked(size: int) -> Tensor:
-    return torch.empty(size, pin_memory=True)
+    """Ordinary memory where locking is refused: a copy to it takes longer, and waits."""
+    try:
+        return torch.empty(size, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(size)
 
 
-def _recorded() -> torch.cuda.Event:
+def _recorded(device: torch.device) -> torch.cuda.Event:
     """After all that the device was given so far."""
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
 def _settle(buffer: Tensor, landed: Tensor, there: torch.cuda.Event, place: Tensor) -> Tensor:
     """Waits for the copy and puts it in its place. Returns the buffer, which may be used anew."""
     there.synchronize()
-    place.copy_(landed)
+    with torch.inference_mode():  # a thread's own: the picture may have been made in it
+        place.copy_(landed)
     return buffer

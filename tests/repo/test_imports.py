@@ -128,7 +128,7 @@ ALLOWED = {
     },
     "__main__": {"cli"},
     **{leaf: {"errors", "events", "variant", "whole_file", "__init__"} for leaf in LEAVES},
-    "profile": {"errors", "kernels.compute"},
+    "profile": {"errors", "kernels.compute", "attention"},
     "demo_model": {"image"},
 }
 

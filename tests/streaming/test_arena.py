@@ -14,6 +14,7 @@ import torch
 from lowvram_i2v.errors import ResourceError
 from lowvram_i2v.streaming import arena as arena_file
 from lowvram_i2v.streaming.arena import PAGE, arena
+from lowvram_i2v.vae import frames
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,25 @@ def test_too_little_ram_is_refused_with_need_and_have(monkeypatch: pytest.Monkey
     with pytest.raises(ResourceError, match=r"need 8\.50 GiB of RAM, and 3\.00 GiB are available") as caught:
         arena(17 * 2**29, CPU).__enter__()
     assert "resident_blocks" in caught.value.remedy
+
+
+def test_who_wants_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_file, "available_ram", lambda: 2**30)
+    with pytest.raises(
+        ResourceError, match=r"the decoder's tensors need 2\.00 GiB of RAM, and 1\.00 GiB are"
+    ) as caught:
+        arena(2**31, CPU, frames.TENANT).__enter__()
+    assert "--policy reference" in caught.value.remedy
+
+
+def test_the_decoder_asks_for_all_its_ram_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two pieces fits, both do not: told before one is made."""
+    monkeypatch.setattr(arena_file, "available_ram", lambda: 100 * 2**20)
+    memory = frames.Memory(CPU, torch.float32)
+    with pytest.raises(ResourceError, match=r"need 0\.12 GiB of RAM, and 0\.10 GiB are"):
+        memory.fit(0, 60 * 2**20, 60 * 2**20)
+    memory.fit(0, 60 * 2**20, 30 * 2**20)
+    memory.close()
 
 
 def test_memory_that_the_system_refuses_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:

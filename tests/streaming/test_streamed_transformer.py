@@ -244,8 +244,8 @@ def test_the_bytes_that_are_allocated_are_those_that_were_told(
     opened, allocated = open_model(model_once("token_replace", "int8")), []
     plain = arena_file.page_aligned
 
-    def page_aligned(size: int) -> Tensor:
-        memory = plain(size)
+    def page_aligned(size: int, tenant: arena_file.Tenant) -> Tensor:
+        memory = plain(size, tenant)
         allocated.append(memory.untyped_storage().nbytes())
         return memory
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowvram_i2v.errors import RequestError, ResourceError
 from lowvram_i2v.vae import engine as engine_module
@@ -188,6 +189,29 @@ def test_out_of_memory_means_smaller_chunks_and_the_same_frames(decoder, policy,
         assert error(failing_at(number), expected) < near
     with pytest.raises(ResourceError, match="does not fit"):
         failing_at(0)
+
+
+@pytest.mark.parametrize("policy", [SEAMLESS, REFERENCE])
+def test_after_running_out_the_old_memory_is_gone_before_new_is_asked_for(decoder, policy, monkeypatch):
+    """Where both must fit, smaller chunks would fail as well."""
+    pieces, made, fit = [], [], Memory.fit
+
+    def watched(memory, *sizes):
+        assert not made or all(piece.expired() for piece in pieces)
+        fit(memory, *sizes)
+        pieces.append(StorageWeakRef(memory._piece.untyped_storage()))
+
+    def convolve(x, weight, out):
+        made.append(1)
+        if len(made) == 20:
+            raise torch.OutOfMemoryError("injected")
+        conv3d(x, weight, out)
+
+    monkeypatch.setattr(Memory, "fit", watched)
+    monkeypatch.setattr(engine_module, "trusted_convolution", lambda *_: convolve)
+    list(decode_frames(decoder, torch.randn(4, 3, 4, 2), policy, DecodeChunking(2**21, 2**22, 8)))
+    assert len(made) > 20
+    assert len(pieces) == 2
 
 
 @pytest.mark.parametrize("policy", [SEAMLESS, REFERENCE])

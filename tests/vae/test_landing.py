@@ -47,6 +47,18 @@ def test_parts_on_the_cpu_are_copied_at_once() -> None:
     assert torch.equal(picture.finished(), joined(given))
 
 
+def test_a_refused_lock_means_ordinary_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = torch.empty
+
+    def refusing(size: int, pin_memory: bool = False) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return ordinary(size)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert landing._page_locked(5).shape == (5,)
+
+
 def test_parts_of_a_device_land_late_in_few_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
 
@@ -55,7 +67,7 @@ def test_parts_of_a_device_land_late_in_few_buffers(monkeypatch: pytest.MonkeyPa
         return made[-1]
 
     monkeypatch.setattr(landing, "_page_locked", page_locked)
-    monkeypatch.setattr(landing, "_recorded", Late)
+    monkeypatch.setattr(landing, "_recorded", lambda _: Late())
     given, picture = parts(), Landing(sum(ROWS), sum(COLUMNS))
     made_of = torch.full((3, 9, sum(ROWS), sum(COLUMNS)), torch.nan)
     for (top, left), part in given.items():
