@@ -1,6 +1,6 @@
 """Whether a model folder is what `convert` wrote, and how far it is from the weights it was made of.
 
-    checksums   every tensor's sha256 against `model.json`
+    checksums   every tensor's sha256 against `model.json`; tokenizers are opened
     errors      of every tensor against a source: relative L2 of the dequantized values
     a block     one forward pass of the first double block with the folder's weights and with the source's
 
@@ -33,6 +33,7 @@ from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import CheckpointError, RequestError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
 from lowvram_i2v.safetensors_file import SafetensorsFile, open_safetensors
+from lowvram_i2v.text.tokenizers import ClipTokenizer, LlavaTokenizer
 
 BLOCK = "double_blocks.0."
 IMAGE_TOKENS, TEXT_TOKENS = 256, 32
@@ -43,7 +44,8 @@ PIECE = 16 * 2**20
 class Report:
     """What was found.
 
-    checked: component -> tensors compared with their checksums. damaged: "component: tensor" of those that differ.
+    checked: component -> tensors compared with their checksums. damaged: "component: tensor" of those that differ, and
+    what is wrong with a tokenizer.
     errors: "component: tensor" -> relative error, of all tensors that differ from the source at all. equal: how many
     do not. block_error: relative error of a block's output, None if it was not run.
     """
@@ -97,6 +99,7 @@ def verify(
             listen(Notice(f"{component}: converted before there were checksums; nothing to compare"))
         checked[component] = len(record.checksums)
         damaged += [f"{component}: {name}" for name in _damaged(component, files[component], record, listen)]
+        damaged += _damaged_tokenizer(folder, component)
     if against is None:
         return Report(checked, tuple(damaged))
     if against.resolve() == folder.resolve():
@@ -131,6 +134,18 @@ def _damaged(component: str, file: SafetensorsFile, record: ComponentRecord, lis
             listen(PhaseAdvanced(phase, done))
     listen(PhaseFinished(phase, time.perf_counter() - start, 0, 0))
     return wrong
+
+
+def _damaged_tokenizer(folder: Path, component: str) -> list[str]:
+    """The fault of a text encoder's tokenizer, if it cannot be opened."""
+    try:
+        if component == "text_encoder":
+            LlavaTokenizer(folder / "tokenizer")
+        elif component == "text_encoder_2":
+            ClipTokenizer(folder / "tokenizer_2")
+    except CheckpointError as error:
+        return [f"{component}: {error.what}"]
+    return []
 
 
 def _checksum(file: SafetensorsFile, name: str) -> str:

@@ -7,12 +7,13 @@ and nowhere else; the output stream holds results only.
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lowvram_i2v import __version__
 from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands
@@ -39,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on: `| head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the interpreter's last flush
+        return 1
     except LowVramError as error:
         print(f"lowvram-i2v: {error}", file=sys.stderr)
         return 1
@@ -48,8 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong flags are told in one line, not below a page of usage. Commands' parsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n  `{self.prog} --help` lists the flags.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lowvram-i2v", description="HunyuanVideo-I2V on the GPUs that people own.")
+    parser = _Parser("lowvram-i2v", description="HunyuanVideo-I2V on the GPUs that people own.")
     parser.add_argument("--version", action="version", version=f"lowvram-i2v {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_generate(commands)
@@ -87,12 +100,13 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE.mp4",
         help="repeat this video's settings; other flags given win over them",
     )
-    add(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--resolution",
         choices=RESOLUTIONS,
         help=f"size class; the picture's ratio decides (default {default.resolution})",
     )
-    add(
+    size.add_argument(
         "--size",
         type=_size,
         metavar="WxH",

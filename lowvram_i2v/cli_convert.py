@@ -61,7 +61,13 @@ def _add_convert(commands: Any) -> None:
     add("--scheme", choices=SCHEMES, help="how the transformer is stored (default int8); fp32 is for tests")
     add("--text-scheme", choices=SCHEMES, help="how the text encoder is stored (default fp8 beside 8 and 4 bits)")
     add("--keep", action="append", default=[], metavar="PATTERN", help="layers to leave unquantized (repeatable)")
-    add("--component", action="append", metavar="NAME", choices=COMPONENT_NAMES, help="only this one: %(choices)s")
+    add(
+        "--component",
+        action="append",
+        metavar="NAME",
+        choices=COMPONENT_NAMES,
+        help="only this one (repeatable): %(choices)s",
+    )
     add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
     add("--format", choices=FORMATS, default="model", help="model, or an export for others (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="where weights are quantized (default %(default)s)")
@@ -135,7 +141,13 @@ def _add_verify(commands: Any) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the model folder")
     add("--against", type=Path, metavar="SOURCE", help="what it was converted from: errors of every layer")
-    add("--component", action="append", metavar="NAME", choices=COMPONENT_NAMES, help="only this one: %(choices)s")
+    add(
+        "--component",
+        action="append",
+        metavar="NAME",
+        choices=COMPONENT_NAMES,
+        help="only this one (repeatable): %(choices)s",
+    )
     add("--variant", choices=VARIANTS, help="of SOURCE, where it leaves that open")
     add("--rows", type=int, default=20, metavar="N", help="layers in the table, the worst ones (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="where the block runs (default %(default)s)")
@@ -153,5 +165,5 @@ def _verify(options: argparse.Namespace) -> int:
         print(line)
     if not report.damaged:
         return 0
-    print(f"lowvram-i2v: {len(report.damaged)} tensors are damaged; convert again", file=sys.stderr)
+    print(f"lowvram-i2v: damaged: {len(report.damaged)}; convert again", file=sys.stderr)
     return 1

@@ -33,8 +33,11 @@ def add_commands(commands: Any, size: Any) -> None:
     add("--model", type=model_path, metavar="DIR", help="a model folder, or demo; without it the released model")
     add("--scheme", choices=SCHEMES, default="int8", help="of the released model (default %(default)s)")
     add("--variant", choices=VARIANTS, default="token_replace", help="of the released model (default %(default)s)")
-    add("--resolution", choices=RESOLUTIONS, default=default.resolution, help="16:9 in it (default %(default)s)")
-    add("--size", type=size, metavar="WxH", help="exact size in pixels instead of --resolution")
+    sized = parser.add_mutually_exclusive_group()
+    sized.add_argument(
+        "--resolution", choices=RESOLUTIONS, default=default.resolution, help="16:9 in it (default %(default)s)"
+    )
+    sized.add_argument("--size", type=size, metavar="WxH", help="exact size in pixels instead of --resolution")
     add("--frames", type=int, default=default.frames, metavar="N", help="4n+1 (default %(default)s)")
     add("--steps", type=int, default=default.steps, metavar="N", help="(default %(default)s)")
     add("--cfg", type=float, default=default.cfg, metavar="X", help="above 1 each step runs twice")

@@ -15,7 +15,7 @@ from lowvram_i2v.attention import choice
 from lowvram_i2v.checkpoint import ModelFolder, open_model
 from lowvram_i2v.device import free_vram, multiplies_float8
 from lowvram_i2v.embed_cache import EmbedCache
-from lowvram_i2v.errors import RequestError
+from lowvram_i2v.errors import PlatformError, RequestError
 from lowvram_i2v.events import Listener, Notice, Planned
 from lowvram_i2v.host_memory import available_ram
 from lowvram_i2v.image import fit_image, read_image
@@ -117,6 +117,7 @@ def prepare(
 ) -> Job:
     """Checks request, picture, output, model folder, prompts and memory. Raises one of the four errors, or returns the
     job."""
+    _check_card(device)
     request.check()
     model = open_model(folder)
     picture = read_image(request.image, listen)
@@ -148,6 +149,7 @@ def prepare(
     _check_prompts(job)
     for text in (fitted.description, *request.notices()):
         listen(Notice(text))
+    _say_replaced(job)
     _say_dropped(job)
     return job
 
@@ -169,8 +171,18 @@ def prepare_decode(
     job = VideoJob(request, model, profile, device, plan, listen)
     check_output(request.output, *request.size, job.output_frames)
     _check_tensors(model)
+    _say_replaced(job)
     _say_dropped(job)
     return job
+
+
+def _check_card(device: torch.device) -> None:
+    """Raises PlatformError for a card that is too old for the transformer. Decoding asks for less."""
+    if reason := choice.too_old(device):
+        raise PlatformError(
+            reason,
+            "Use an RTX 30, an A100 or a later card, or --device cpu. Finished latents can be decoded on this one.",
+        )
 
 
 def _preview_decoder(options: RunOptions) -> TinyDecoder | None:
@@ -215,6 +227,11 @@ def _plan(
     if on_gpu:
         listen(Planned(plan.table(), {phase.name: phase.vram for phase in plan.phases}, plan.limit))
     return plan
+
+
+def _say_replaced(job: VideoJob) -> None:
+    if job.request.output.exists():
+        job.listen(Notice(f"{job.request.output} is there already; the new video replaces it when it is complete."))
 
 
 def _say_dropped(job: VideoJob) -> None:

@@ -80,12 +80,12 @@ def save_latents(path: Path, latents: Tensor, settings: dict[str, Any]) -> None:
     """Writes latents [16, T, h, w] from any device, with the settings of `GenerateRequest.to_settings`, whose `about`
     names `variant` and `model`. Replaces what was there. Raises ResourceError if the file cannot be written."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"format": FORMAT, "settings": json.dumps(settings)}
     try:
         with replacing(path) as part:
-            save_file({"latents": latents.detach().float().cpu().contiguous()}, part, metadata)
+            part.write_bytes(save({"latents": latents.detach().float().cpu().contiguous()}, metadata))
     except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{path} ({latents.numel() * 4 >> 20} MiB of latents) cannot be written: {error}.",

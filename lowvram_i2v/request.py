@@ -79,10 +79,13 @@ class GenerateRequest:
             raise RequestError(f"stability is {self.stability!r}.", "It is true or false.")
 
     def notices(self) -> list[str]:
-        """Sentences about settings that will have no effect."""
+        """Sentences about settings that are odd or will have no effect."""
+        found = []
+        if not self.prompt.strip():
+            found.append("The prompt is empty: what moves is left to the model.")
         if self.negative_prompt and self.cfg == 1.0:
-            return ["The negative prompt is ignored: it counts only with --cfg above 1."]
-        return []
+            found.append("The negative prompt is ignored: it counts only with --cfg above 1.")
+        return found
 
     def resolve(self, image_width: int, image_height: int) -> GenerateRequest:
         """The same request with size and flow shift filled in, for a picture of this many pixels."""

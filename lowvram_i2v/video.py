@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import deque
@@ -39,6 +40,11 @@ CRF = 16  # x264's quality: 18 is commonly called visually lossless, lower is be
 BYTES_A_PIXEL = 0.2  # of the mp4, a generous estimate: smooth video needs a tenth of it
 DISK_MARGIN = 32 << 20
 REINSTALL = "Reinstall imageio-ffmpeg, or name another ffmpeg in IMAGEIO_FFMPEG_EXE."
+SIGNALS = {
+    25: "Files may not become that large: raise the limit (ulimit -f).",
+    9: "The system does that where RAM runs out: close other programs. Latents that were saved need only be decoded.",
+}
+"""What a user can do where ffmpeg is ended by one of these, by Linux's numbers."""
 BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
 
 
@@ -65,7 +71,7 @@ def check_output(path: Path, width: int, height: int, frames: int) -> None:
             if name.is_dir():
                 raise RequestError(f"--output: {name} is a folder.", "Name another file.")
         if not folder.is_dir():
-            raise RequestError(f"The folder of --output, {folder}, does not exist.", "Make it: mkdir -p")
+            raise RequestError(f"The folder of --output, {folder}, does not exist.", f"Make it: mkdir -p '{folder}'")
         with suppress(FileNotFoundError):
             os.lstat(settings_path(path))  # raises for a name that the file system does not take
         with tempfile.TemporaryFile(dir=folder):
@@ -204,6 +210,9 @@ class _Waiting:
 
 
 def _ffmpeg_failed(code: int, log: IO[bytes]) -> PlatformError | ResourceError:
+    if code < 0:
+        ended = f"ffmpeg was ended from outside, by signal {-code} ({signal.strsignal(-code)})"
+        return ResourceError(ended, SIGNALS.get(-code, "Run it again; latents that were saved need only be decoded."))
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()[-12:]
     text = f"ffmpeg failed with status {code}:\n  " + "\n  ".join(lines or ["(it said nothing)"])

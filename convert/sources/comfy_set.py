@@ -32,6 +32,7 @@ from lowvram_i2v.errors import CheckpointError
 
 EXPECTED = "Or give ComfyUI's models folder, which contains diffusion_models/, text_encoders/, clip_vision/ and vae/."
 SUFFIXES = (".safetensors", ".sft", ".gguf")
+KINDS = ", ".join(SUFFIXES)
 FOLDERS = {
     "transformer": ("diffusion_models", "unet"),
     "text_encoder": ("text_encoders", "clip"),
@@ -132,7 +133,10 @@ def _choose(models: Path, name: str) -> tuple[Path | None, str | None]:
         lines = [f"{_relative(c.path, models)} ({c.bytes / 1e9:.2f} GB, {c.match.layout})" for c in usable]
         return None, f"{name}: {len(usable)} files fit; choose one with {FLAGS[name]} FILE:" + _lines(lines)
     places = " and ".join(f"{folder}/" for folder in FOLDERS[name])
-    return None, f"{name}: {WANTED[name]} is not among the {len(files)} files in {places}" + _lines(others[:5])
+    return (
+        None,
+        f"{name}: {WANTED[name]} is not among the {len(files)} files in {places} ({KINDS})" + _lines(others[:5]),
+    )
 
 
 def _lines(texts: list[str]) -> str:

@@ -18,6 +18,8 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH = 77
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
+SHOWN = 200  # characters at each end of what is not seen
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -33,9 +35,11 @@ class Cut:
     kept: int
 
     def __str__(self) -> str:
+        text = repr(self.text)
+        if len(self.text) > 2 * SHOWN:
+            text = f"{self.text[:SHOWN]!r} ... {self.text[-SHOWN:]!r} ({len(self.text)} characters)"
         return (
-            f"the prompt has {self.tokens} tokens for {self.encoder}, which reads {self.kept}; "
-            f"not seen by it: {self.text!r}"
+            f"the prompt has {self.tokens} tokens for {self.encoder}, which reads {self.kept}; not seen by it: {text}"
         )
 
 

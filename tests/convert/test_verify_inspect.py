@@ -37,6 +37,16 @@ def test_one_flipped_bit_is_found(model: Path) -> None:
     assert main(["verify", str(model)]) == 1
 
 
+def test_a_tokenizer_that_does_not_open_is_found(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (model / "tokenizer_2").iterdir():
+        path.unlink()
+    rewrite(model / "tokenizer" / "tokenizer.json", b"{")
+    assert [name.partition(":")[0] for name in verify(model).damaged] == ["text_encoder", "text_encoder_2"]
+    assert main(["verify", str(model), "--component", "text"]) == 1
+    assert "tokenizer.json" in capsys.readouterr().out
+    assert main(["verify", str(model), "--component", "vae"]) == 0
+
+
 @pytest.mark.parametrize(
     ("scheme", "low", "high"), [("int8", 0.005, 0.012), ("fp8", 0.025, 0.028), ("nf4", 0.088, 0.096)]
 )

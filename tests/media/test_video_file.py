@@ -259,6 +259,10 @@ def test_a_failing_ffmpeg_tells_its_last_lines_and_leaves_nothing(tmp_path, monk
     monkeypatch.setattr(video, "_ffmpeg", lambda: str(broken))
     with pytest.raises(ResourceError, match="status 5"):
         write_video(smooth_frames(200, 640, 480), tmp_path / "out.mp4", 24, SETTINGS)
+    broken.write_text(f"#!{sys.executable}\nimport os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(ResourceError, match="by signal 9") as caught:
+        write_video(smooth_frames(200, 640, 480), tmp_path / "out.mp4", 24, SETTINGS)
+    assert "RAM" in caught.value.remedy
     broken.chmod(0o644)
     with pytest.raises(PlatformError, match="does not start"):
         write_video(smooth_frames(2, 64, 48), tmp_path / "out.mp4", 24, SETTINGS)

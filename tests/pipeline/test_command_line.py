@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from lowvram_i2v.kernels.attention_reference import attention
 from lowvram_i2v.safetensors_file import SafetensorsFile
 from lowvram_i2v.video import read_settings
 
-AUTO = Path(__file__).resolve().parents[2] / "profiles" / "auto.toml"
+ROOT = Path(__file__).resolve().parents[2]
+AUTO = ROOT / "profiles" / "auto.toml"
 SMALL = ("--size", "64x48", "--frames", "9", "--steps", "2", "--device", "cpu")
 SHORT = ("--frames", "5")
 Run = Callable[..., int]
@@ -175,8 +178,38 @@ def test_a_long_prompt_is_shown_cut_and_an_empty_one_is_allowed(
 ) -> None:
     tail = "and this end is not seen"
     assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "a bird flies " * 200 + tail, *SHORT) == 0
-    assert tail in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert tail in said
+    assert len(said) < 2000
+    assert "is there already" not in said
     assert generate("--output", str(tmp_path / "out.mp4"), "--prompt", "", *SHORT) == 0
+    said = capsys.readouterr().err
+    assert "The prompt is empty" in said
+    assert "out.mp4 is there already" in said
+
+
+@pytest.mark.parametrize("flags", [("--resolution", "360p"), ("--size", "axb"), ("--frames", "abc"), ("--nonsense",)])
+def test_wrong_flags_are_told_in_two_lines(
+    flags: tuple[str, ...], generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resolution beside --size too."""
+    with pytest.raises(SystemExit) as caught:
+        generate("--output", str(tmp_path / "out.mp4"), *flags)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert flags[0] in lines[0]
+
+
+def test_a_reader_that_goes_is_no_fault() -> None:
+    """`| head -1`"""
+    command = [sys.executable, "-m", "lowvram_i2v", "profiles"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
 
 
 def test_an_interrupted_run_leaves_nothing(
