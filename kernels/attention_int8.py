@@ -17,8 +17,7 @@ P is at most one and is multiplied by 256 because e4m3 ends at 2^-9. Hopper's te
 e4m3 products, yet the sum of all tiles may stay there: with float32 sums of single tiles the error over 119 200 keys
 was the same.
 
-Values lie with tokens along rows (V^T), in each group of 16 in the order in which the scores' registers hold them
-(`permute_columns`): so P is the next product's operand as it stands, with no exchange between threads.
+Values in 8 bits lie with tokens along rows (V^T), in each group of 16 in the order that `permute_columns` tells.
 
 No tile is masked. Keys and values are padded with zero codes, so a key that does not exist has score 0 and value 0, and
 its part in the row sum, exp2(-m), is taken off in the end. That loses nothing: K is centred, so the mean of a row's
@@ -38,12 +37,19 @@ from lowvram_i2v.kernels.attention_quantize import Quantized, rotation, round_co
 from lowvram_i2v.kernels.attention_tiles import Tile
 
 SMALLEST_SCALE = tl.constexpr(2.0**-60)
-"""A scale of zero would make the mask's infinity a NaN."""
+"""Of a row of zeros: 1 / scale stays finite."""
 
 
 @triton.jit
 def permute_columns(p, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """P with the columns of each group of 16 in the order of V^T: place 4a + 2b + c holds column 8b + 2a + c."""
+    """P with the columns of each group of 16 in the order of V^T, which is told here for all who make or read it:
+
+        0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15        place 4a + 2b + c holds token 8b + 2a + c
+
+    A thread's registers hold four columns of a row of scores in each 16, those that stand together here, and as an
+    operand of 8-bit floats they are its four neighbours: P is the next product's operand as it stands, and nothing is
+    exchanged between threads. A sum over tokens does not feel their order, if V's is the same.
+    """
     p = tl.permute(tl.reshape(p, [ROWS, KEYS // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
     return tl.reshape(p, [ROWS, KEYS])
 

@@ -147,17 +147,31 @@ def scores_kernel(
     tl.store(at, score, mask=of_q & (places[None, :] < key_blocks))
 
 
+@triton.jit
+def parting_bound(score, low, high, kept):
+    """A bound that `kept` scores reach and no other; where equal scores forbid that, the score of the last ones that
+    do. low, high: lowest and highest of the scores that are chosen from. The range is halved; all the time
+
+        `kept` scores or more are at least low,
+        fewer than `kept` are at least high, or low and high are the bound.
+    """
+    low = tl.where(tl.sum((score >= high).to(tl.int32), 0) >= kept, high, low)
+    middle = low * 0.5 + high * 0.5
+    while (low < middle) & (middle < high):
+        found = tl.sum((score >= middle).to(tl.int32), 0)
+        low = tl.where(found >= kept, middle, low)
+        high = tl.where(found > kept, high, middle)
+        middle = low * 0.5 + high * 0.5
+    return low
+
+
 @triton.jit(do_not_specialize=["count", "words", "kept", "first", "last", "lower"])
 def choice_kernel(
     scores, blocks, skipped, count, words, kept, first, last, lower,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One list: scores [heads, query blocks, count] -> the `kept` places with the highest ones, ascending; of the
-    others one bit each. It sees places lower .. count, then those below, all of which are chosen.
-
-    No sort: a bound between the lowest and the highest score that `kept` of them reach, found by halving the range
-    until it parts them or no float is left inside.
-    """
+    others one bit each. It sees places lower .. count, then those below, all of which are chosen."""
     OWN: tl.constexpr = (ROWS + KEYS - 1) // KEYS
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     exists = tl.arange(0, SIZE) < count
@@ -172,15 +186,9 @@ def choice_kernel(
     low = tl.min(tl.where(counted, score, LARGEST), 0)
     high = tl.max(tl.where(counted, score, -LARGEST), 0)
     score = tl.where(exists, tl.where(always, float("inf"), score), -float("inf"))
-    low = tl.where(tl.sum((score >= high).to(tl.int32), 0) >= kept, high, low)
-    while low < high:
-        middle = low * 0.5 + high * 0.5
-        found = tl.sum((score >= middle).to(tl.int32), 0)
-        ends = (middle <= low) | (middle >= high) | (found == kept)
-        low = tl.where((found >= kept) & (middle < high), tl.maximum(low, middle), low)
-        high = tl.where(ends, low, tl.where(found > kept, high, middle))
-    above = score > low
-    equal = score == low
+    bound = parting_bound(score, low, high, kept)
+    above = score > bound
+    equal = score == bound
     room = kept - tl.sum(above.to(tl.int32), 0)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     at = tl.cumsum(chosen.to(tl.int32), 0) - 1 + lower
@@ -242,4 +250,5 @@ def choose(q_means: Tensor, k_means: Tensor, cut: Cut, tile: Tile) -> Lists:
                 scores, blocks[some], skipped[some], cut.key_blocks, skipped.shape[2], cut.kept, cut.first, cut.last,
                 cut.means.start, ROWS=cut.rows, KEYS=cut.keys, SIZE=places, num_warps=choice_warps(places),
             )  # fmt: skip
+        del scores  # before the next are made
     return Lists(blocks, skipped)

@@ -250,7 +250,7 @@ def values_kernel(
     codes += head * padded * DIM
     made = tl.zeros([FOLD, DIM], tl.float32)
     for tile in tl.range(part * TILES, tl.minimum((part + 1) * TILES, padded // BLOCK), num_stages=STAGES):
-        if EIGHT:  # the four tokens 2a, 2a + 1, 2a + 8, 2a + 9 of 16 lie side by side
+        if EIGHT:  # in the order of `attention_int8.permute_columns`: a word is tokens 2a, 2a + 1, 2a + 8, 2a + 9
             words = tl.arange(0, BLOCK // 4)
             first = tile * BLOCK + words // 4 * 16 + words % 4 * 2
             low = tl.join(scaled_values(v, first, v_stride, tokens, inverse, shift, DIM),

@@ -91,7 +91,7 @@ def quantize_keys(k: Tensor, centre: Tensor, keys: int) -> tuple[Tensor, Tensor]
 
 def quantize_values(v: Tensor, centre: Tensor, scale: Tensor, padded: int, transposed: bool) -> Tensor:
     """v [tokens, heads, dim] as (v - centre) / scale: fp16 [heads, padded, dim], or e4m3 [heads, dim, padded], whose
-    groups of 16 tokens are ordered 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15."""
+    groups of 16 tokens are in the order of `attention_int8.permute_columns`."""
     x = ((v.float() - centre) * (1 / scale)).transpose(0, 1)
     x = torch.nn.functional.pad(x, (0, 0, 0, padded - len(v)))
     if not transposed:

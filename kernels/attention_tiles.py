@@ -37,6 +37,9 @@ class Tile:
         return " ".join(parts + ([] if self.pv == "16" else [self.pv]))
 
 
+OLDEST = (8, 0)
+"""Compute capability at which our kernels begin, and torch's attention that keeps no scores."""
+
 SHARED_MEMORY = {"sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_120": 101_376}
 """Bytes that one program may have."""
 
@@ -57,7 +60,7 @@ INT8 = {
 
 def family(capability: tuple[int, int]) -> str:
     """The table's name for a card of this compute capability; raises PlatformError below 8.0."""
-    if capability < (8, 0):
+    if capability < OLDEST:
         raise PlatformError(
             f"Triton attention needs compute capability 8.0 (RTX 30) or more, the card has {capability}",
             "Use the attention backend sdpa.",

@@ -11,7 +11,7 @@ GELU is not among it: its codes need the whole row's largest magnitude, which no
 bits and writes codes anyway. There GELU costs nothing; here it took 20 % of a product's time, which nothing covers.
 
 Invariants: row offsets are 64-bit, row counts are no part of what is compiled; rows beyond the last are computed from
-row 0 again and not stored. Left out: widths that are no multiple of 16 (unaligned rows), which stay with torch.
+row 0 again and not stored; all widths are right, multiples of 16 load fastest.
 
 e4m3 sums: Hopper's tensor cores add with few bits inside one instruction chain. `two_level` adds each K tile's sum in
 float32, which costs registers, hence smaller tiles.

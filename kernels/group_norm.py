@@ -31,13 +31,17 @@ Affine = tuple[Tensor, Tensor]
 class Phases(NamedTuple):
     """How an upsampler's phases [T, I, W + 1, time * 2 * 2 * D] become [time T - dropped, R, 2 W, D].
 
-    Row i of the phases is made of the input's rows `top` + i and the next, column j of columns j - 1 and j; the
-    result's first row is row `first` of the picture. dropped: frames at the start that are no part of it.
+        row of the picture    made of rows of the input    row of the phases         phase
+        2 k                   k - 1 and k                  k - 1 - first_pair        even
+        2 k + 1               k and k + 1                  k - first_pair            odd
+
+    Columns likewise, from column 0 on. The result's first row is row `first_row` of the picture. dropped: frames at the
+    start that are no part of it.
     """
 
     time: int
-    first: int
-    top: int
+    first_row: int
+    first_pair: int
     dropped: int
 
 
@@ -145,8 +149,8 @@ def interleave(
         source = (first + spread.dropped) // spread.time
         count = len(range(first, frames, spread.time))
         for odd in range(4):
-            row, column = (spread.first + odd // 2) % 2, odd % 2  # the first of this phase in `out`
-            pair = (spread.first + row - 1) // 2 - spread.top
+            row, column = (spread.first_row + odd // 2) % 2, odd % 2  # the first of this phase in `out`
+            pair = (spread.first_row + row - 1) // 2 - spread.first_pair
             part = by_phase[source : source + count, pair:, column:, time, odd // 2, odd % 2]
             out[first :: spread.time, row::2, column::2] = part[:, : len(range(row, high, 2)), : width // 2]
     add_and_measure(out, bias, None, moments, rows)

@@ -111,7 +111,7 @@ def _launch(
     measured = (1, channels) if moments is None else (parts, channels)
     counts = torch.empty(measured[0], dtype=torch.float32, device=x.device)
     means, squares = (torch.empty(measured, dtype=torch.float32, device=x.device) for _ in range(2))
-    time, top, pair, dropped = spread or (1, 0, 0, 0)
+    time, first_row, first_pair, dropped = spread or (1, 0, 0, 0)
     _add_and_measure[(parts,)](
         x,
         source,
@@ -128,8 +128,8 @@ def _launch(
         last * width,
         line * channels if residual is None else residual.stride(0),
         repeats,
-        top,
-        pair,
+        first_row,
+        first_pair,
         dropped,
         source.shape[1],
         TIME=time,
@@ -149,7 +149,7 @@ def _launch(
 @triton.jit
 def _add_and_measure(
     x, source, bias, residual, counts, means, squares, total, line, width, channels, first, last, residual_frame,
-    repeats, top, pair, dropped, phase_rows,
+    repeats, first_row, first_pair, dropped, phase_rows,
     TIME: tl.constexpr, PHASES: tl.constexpr, RESIDUAL: tl.constexpr, MEASURED: tl.constexpr, STORED: tl.constexpr,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +171,8 @@ def _add_and_measure(
         offsets = place.to(tl.int64)[:, None] * channels + channel[None, :]
         frame, within = place // line, place % line
         if PHASES:
-            row, column = top + within // width, within % width
-            before = ((frame + dropped) // TIME * phase_rows + (row + 1) // 2 - 1 - pair).to(tl.int64)
+            row, column = first_row + within // width, within % width
+            before = ((frame + dropped) // TIME * phase_rows + (row + 1) // 2 - 1 - first_pair).to(tl.int64)
             phase = ((frame + dropped) % TIME * 2 + row % 2) * 2 + column % 2
             read = (before * (width // 2 + 1) + (column + 1) // 2) * (TIME * 4) + phase
             values = tl.load(source + read[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -4,6 +4,13 @@
 card that can run them, where Triton is installed, and plain torch everywhere else. Nothing of Triton is imported
 before.
 
+Who multiplies 8-bit numbers on a card is decided in four places, in this order:
+
+    compute.refusal     nobody: weights are dequantized (w8a16) on a card where neither Triton nor torch multiplies
+    choose              the kernels of `fused_gemm`, or torch for those that the pipeline's self-test refused
+    fused_gemm.linear   hands what `w8a8.LIBRARY` names, e4m3 on Hopper, to torch's library, which is faster there
+    w8a8.way            for layers called with plain rows, not with codes: Triton or torch, the first that is right
+
 To add an op: a field of `Ops`, its plain form in PLAIN, its kernel in `fused`, a case in `op_cases.py`.
 """
 

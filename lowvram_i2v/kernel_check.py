@@ -141,7 +141,7 @@ def _attention_row(row: Row, case: attention_cases.Case, device: torch.device, t
 
 
 def _sparse_row(device: torch.device, tokens: int, torch_ms: float | None) -> Row:
-    """Its own definition on few tokens, and the time at full length."""
+    """Its own definition on few tokens, and at full length its lists and the time."""
     from lowvram_i2v.attention import sparse_trial
     from lowvram_i2v.attention.triton_sparse import attend
 
@@ -150,6 +150,8 @@ def _sparse_row(device: torch.device, tokens: int, torch_ms: float | None) -> Ro
     layout = attention.Layout((tokens - text) // LATENT_FRAMES, tokens - text, text, step=0, steps=1)
     try:
         row = replace(row, error=sparse_trial.error(device, DIM, TYPE))
+        if wrong := sparse_trial.lists_fault(layout, DENSITY, device, DIM):
+            return replace(row, error=None, trouble=wrong)
         if device.type != "cuda":
             return row
         given = attention_cases.inputs(attention_cases.CASES["flat"], tokens, HEADS, DIM, device, TYPE)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 
+from lowvram_i2v.attention import AUTO, BACKENDS
 from lowvram_i2v.errors import RequestError
 from lowvram_i2v.kernels.compute import COMPUTES
 
 DECODE_POLICIES = ("reference", "seamless")
 HOSTS = ("auto", "pinned", "mapped")
+CHOICES = {"decode": DECODE_POLICIES, "compute": tuple(COMPUTES), "host": HOSTS, "attention": (AUTO, *BACKENDS)}
 DEFAULT_PROFILE = "auto"
 FEWEST_SLOTS = 2
 KINDS = {"str": (str, "a string"), "int": (int, "an integer"), "float": (float, "a number with a decimal point")}
@@ -28,7 +30,7 @@ class VramProfile:
     vram_gib: GiB of video memory that a run may take in all; 0 for what is free on the device.
     reserve_gib: how much of it CUDA and the libraries take for themselves, outside torch's allocator.
     compute: how quantized layers multiply: "w8a16" exactly, after dequantizing, "w8a8" in 8 bits.
-    attention: a name from the table of attention backends.
+    attention: a name from the table of attention backends, or "auto" for 8 bits with "w8a8" and torch's own else.
     sparse_density: of "triton-sparse": the share of key blocks that a block of queries sees exactly.
     sparse_after: of "triton-sparse": the share of the steps that run dense before.
     decode: "reference" gives what the released code's tiles give, "seamless" decodes the video as one, without tiles.
@@ -96,7 +98,7 @@ def _checked(name: str, values: dict[str, object]) -> VramProfile:
     if faults:
         raise _refused(name, faults)
     profile = VramProfile(name, **values)  # type: ignore[arg-type]
-    for key, choices in (("decode", DECODE_POLICIES), ("compute", COMPUTES), ("host", HOSTS)):
+    for key, choices in CHOICES.items():
         if getattr(profile, key) not in choices:
             faults.append(f"{key} is {getattr(profile, key)!r}, not one of {', '.join(choices)}")
     if not 0 <= profile.vram_gib <= 1024:

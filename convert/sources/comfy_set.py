@@ -133,10 +133,8 @@ def _choose(models: Path, name: str) -> tuple[Path | None, str | None]:
         lines = [f"{_relative(c.path, models)} ({c.bytes / 1e9:.2f} GB, {c.match.layout})" for c in usable]
         return None, f"{name}: {len(usable)} files fit; choose one with {FLAGS[name]} FILE:" + _lines(lines)
     places = " and ".join(f"{folder}/" for folder in FOLDERS[name])
-    return (
-        None,
-        f"{name}: {WANTED[name]} is not among the {len(files)} files in {places} ({KINDS})" + _lines(others[:5]),
-    )
+    absent = f"{WANTED[name]} is not among the {len(files)} files in {places} ({KINDS})"
+    return None, f"{name}: {absent}" + _lines(others[:5])
 
 
 def _lines(texts: list[str]) -> str:

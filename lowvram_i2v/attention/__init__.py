@@ -51,6 +51,8 @@ class Layout:
 
 ByLayout = Callable[[Layout], AttentionBackend]
 
+AUTO = "auto"
+"""In a profile: `choice.choose` takes one."""
 BACKENDS = {
     "sdpa": "lowvram_i2v.attention.sdpa",
     "triton": "lowvram_i2v.attention.triton",
@@ -91,6 +93,16 @@ def attend_over(attend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor) -> No
     made = attend(q, k, v, out=q) if writes(attend) else attend(q, k, v)
     if made is not q:
         q.copy_(made)
+
+
+def in_place(attend: AttentionBackend) -> AttentionBackend:
+    """The backend as the transformer calls it, for trials: the result takes the place of q and is handed back."""
+
+    def over(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attend_over(attend, q, k, v)
+        return q
+
+    return over
 
 
 def by_layout(name: str, sparse_density: float, sparse_after: float) -> ByLayout | None:

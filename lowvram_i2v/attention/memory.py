@@ -1,15 +1,19 @@
 """What attention backends allocate beside their result, for the planner: arithmetic only, no torch.
 
 Torch's own and flash-attn's keep one float32 a row and head, and ours in 16 bits nothing; what SageAttention takes is
-an estimate from how it works: 8-bit queries and keys, centred keys and values in 16 bits.
+an estimate from how it works. Torch's own from `attention_tiles.OLDEST` on: older cards write all scores to memory, and
+`choice.too_old` refuses them.
 """
 
 from __future__ import annotations
 
+from lowvram_i2v.attention import AUTO, BACKENDS
 from lowvram_i2v.kernels.attention_cut import code_bytes, cut_sequence, means_bytes, sparse_bytes
 
 FLOAT32, INDEX = 4, 8
-SAGE_BYTES = 6
+SAGE_BYTES = 8
+"""For each channel of a token, of SageAttention 2, by its version and card 7 or 8: queries and keys in 8 bits, our copy
+of the keys, values in 16 bits with tokens along rows, and those in 8 bits. 1.0.6 takes 6."""
 
 
 def extra_bytes(
@@ -26,17 +30,20 @@ def extra_bytes(
     """Peak bytes of one call over `heads` heads of `dim` channels, its result not counted.
 
     density: of "triton-sparse". value: bytes of an 8-bit backend's code of V: 2 on RTX 30, which has no 8-bit floats.
+    "auto" is not known before a card is: it counts as what it takes at most. Raises ValueError for an unknown backend.
     """
     tokens = image_tokens + text_tokens
     if backend in ("sdpa", "flash"):
         return FLOAT32 * tokens * heads
     if backend == "sage":
         return SAGE_BYTES * tokens * heads * dim
-    if backend == "triton-int8":
+    if backend in ("triton-int8", AUTO):
         return code_bytes(tokens, heads, dim, value)
     if backend == "triton-sparse":
         cut = cut_sequence(tokens, first_tokens, image_tokens, density)
         return max(sparse_bytes(cut, heads, dim, value), code_bytes(tokens, heads, dim, value))
+    if backend != "triton":
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     return 0
 
 

@@ -37,6 +37,9 @@ from lowvram_i2v.vae.tiles import Tiling, blend_segments
 EMITTED = 16  # frames of a yielded piece
 SAMPLED = 2  # chunks of each band that give the tail's norms their first moments
 
+SO_FAR: Affine = (torch.empty(0), torch.empty(0))
+"""In place of a scale and shift: those of the moments that this very pass has measured so far."""
+
 Watch = Callable[[Step | None], None]
 """Called before each segment, and after the last with None, for who measures."""
 
@@ -216,17 +219,28 @@ class _Run:
         self._measured(stages[-1], kept, moments[-1])
 
     def _affines_within(self, work: _Work, stages: list[StreamedStage], kept: _Kept) -> list[Affine | None]:
-        """Of the segment's second and further stages: exact ones by a pass each, or by passes for all at once."""
-        affines: list[Affine | None] = [kept.affine]
-        inner = [self._moments_after(stage) for stage in stages[:-1]]
+        """The scales and shifts of the norms of the segment's second and further stages."""
         measures = work.step.segment.measures
         if measures is None:
-            for count, moments in enumerate(inner, 1):
-                self._stream(work, stages[:count], kept, affines, [*[None] * (count - 1), moments])
-                affines += self._known(stages[count:], [moments])
-            return affines[1:]
-        guess = [*affines, *[None] * (len(stages) - 2)]  # None: what this very pass has measured so far
-        self._stream(work, stages[:-1], kept, guess, inner, sample=True)
+            return self._measured_one_by_one(work, stages, kept)
+        return self._measured_together(work, stages, kept, measures)
+
+    def _measured_one_by_one(self, work: _Work, stages: list[StreamedStage], kept: _Kept) -> list[Affine | None]:
+        """Exact: a pass for each stage but the last, with the norms before it known."""
+        affines = [kept.affine]
+        for count, stage in enumerate(stages[:-1], 1):
+            moments = self._moments_after(stage)
+            self._stream(work, stages[:count], kept, affines, [*[None] * (count - 1), moments])
+            affines += self._known(stages[count:], [moments])
+        return affines[1:]
+
+    def _measured_together(
+        self, work: _Work, stages: list[StreamedStage], kept: _Kept, measures: int
+    ) -> list[Affine | None]:
+        """As good as `measures` passes make them: first moments from a sample, where each norm takes what the very pass
+        has measured so far, then moments of all with the scales and shifts of the pass before."""
+        inner = [self._moments_after(stage) for stage in stages[:-1]]
+        self._stream(work, stages[:-1], kept, [kept.affine, *[SO_FAR] * (len(stages) - 2)], inner, sample=True)
         for _ in range(measures):
             affines = [kept.affine, *self._known(stages[1:], inner)]
             inner = [self._moments_after(stage) for stage in stages[:-1]]
@@ -243,8 +257,8 @@ class _Run:
         keep: Callable[[State, int, Rows], None] | None = None,
         sample: bool = False,
     ) -> None:
-        """Runs `stages` over all bands and chunks of what was kept, or of a sample, with the given scales and shifts;
-        what each stage makes joins its `moments`."""
+        """Runs `stages` over all bands and chunks of what was kept, or of a sample, with the given scales and shifts
+        (None before a stage without a norm); what each stage makes joins its `moments`."""
         part, time = [stage.stage for stage in stages], prod(stage.stage.time for stage in stages)
         chunks, inputs = work.inputs(part, kept.trunk.shape, sample)
         self._memory.begin()
@@ -254,7 +268,7 @@ class _Run:
                     stage.restart()
             for index, (stage, at) in enumerate(zip(stages, work.layout.stages, strict=False)):
                 affine = affines[index]
-                if affine is None and stage.norm is not None:
+                if affine is SO_FAR:
                     (affine,) = self._known([stage], [moments[index - 1]])
                 rows = _rows_before(core, part[index + 1 :])
                 state = stage(state, affine, rows, moments[index] if rows[0] < rows[1] else None, work.room, at)

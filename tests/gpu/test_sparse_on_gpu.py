@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lowvram_i2v import attention
-from lowvram_i2v.attention import Layout, by_layout, triton_int8, triton_sparse
+from lowvram_i2v.attention import Layout, by_layout, sparse_trial, triton_int8, triton_sparse
 from lowvram_i2v.attention.memory import extra_bytes
 from lowvram_i2v.kernels import attention_route
 from lowvram_i2v.kernels.attention_cut import cut_sequence
@@ -51,6 +51,13 @@ def test_without_a_layout_and_in_dense_steps_it_is_dense() -> None:
     assert relative_l2(attention.get("triton-sparse")(q, k, v), dense) < 0.03
     first = by_layout("triton-sparse", 0.1, 0.2)(Layout(300, 2900, 101, 1, 10))  # type: ignore[misc]
     assert torch.equal(first(q, k, v), dense)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17, 33, 65])
+def test_lists_are_those_of_a_sort(frames: int) -> None:
+    """At every length of a row of scores up to that of 257 frames of 1280x720; 33 latent frames have 119 200 tokens."""
+    layout = Layout(3600, 3600 * frames, 400, 0, 1)
+    assert sparse_trial.lists_fault(layout, 0.2, CUDA, 128) is None
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -30,6 +30,18 @@ def test_auto_is_exact_unless_eight_bits_are_allowed(monkeypatch: pytest.MonkeyP
         choice.choose("magic", CUDA, 128)
 
 
+@pytest.mark.parametrize(
+    ("refused", "name"), [(("triton-sparse",), "triton-int8"), (("triton-sparse", "triton-int8"), "sdpa")]
+)
+def test_instead_of_sparse_attention_dense_8_bits_are_tried(
+    monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...], name: str
+) -> None:
+    monkeypatch.setattr(choice, "obstacle", lambda tried, *_: "no luck" if tried in refused else None)
+    chosen = choice.choose("triton-sparse", CUDA, 128)
+    assert chosen.name == name
+    assert chosen.why == "; ".join(f"{tried} cannot run here: no luck" for tried in refused)
+
+
 def half(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return reference.attention(q, k, v) / 2
 
@@ -59,6 +71,27 @@ def test_sparse_attention_is_held_to_its_lists(monkeypatch: pytest.MonkeyPatch) 
     assert choice.obstacle("triton-sparse", CPU, 32) is None
     monkeypatch.setattr(sparse_trial, "attend", lambda q, k, v, **_: reference.attention(q, k, v))
     assert "(sparse) is off by" in str(choice.obstacle("triton-sparse", CPU, 32))
+    monkeypatch.setattr(sparse_trial, "dense", half)
+    assert str(choice.obstacle("triton-sparse", CPU, 32)).startswith("in dense steps its self-test (flat) is off by 50")
+
+
+def test_a_backend_that_is_wrong_only_over_q_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.empty_like(q) if out is None else out
+        return out.zero_().add_(reference.attention(q, k, v))
+
+    monkeypatch.setattr(choice, "get", lambda _: careless)
+    assert "(peaked) is off by" in str(choice.self_test("triton", CPU, 32))
+
+
+@pytest.mark.parametrize("name", [name for name in attention.BACKENDS if name != "sdpa"])
+def test_a_card_that_is_too_old_is_an_obstacle(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choice.missing(name, CUDA, 128) == "RTX 2080 has compute capability 7.5, and attention needs 8.0 (RTX 30)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert choice.missing(name, CUDA, 128) is None
 
 
 def test_other_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from lowvram_i2v.attention import sparse_trial
+from lowvram_i2v.kernels import attention_lists, attention_route
 from lowvram_i2v.kernels import attention_reference as reference
-from lowvram_i2v.kernels import attention_route
 from lowvram_i2v.kernels.attention_cut import Cut, cut_sequence
 from lowvram_i2v.kernels.attention_int8 import attend_quantized
 from lowvram_i2v.kernels.attention_lists import Lists, choose, mean_blocks
@@ -159,6 +160,18 @@ def test_lists_are_whole_whatever_the_scores() -> None:
         for of, place in zip(seen[head], must, strict=True):
             free = ~place
             assert ranked[of & free].min() >= ranked[~of & free].max()
+
+
+def test_the_trial_of_lists_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many key blocks as 1280x720, 129 frames have, and few blocks of queries."""
+    cut = cut_sequence(119_200, 3600, 118_800, 0.6, 2**15, 64)
+    tile, made = Tile(cut.rows, cut.keys, 4, 2, "fp16"), []
+    monkeypatch.setattr(attention_lists, "choose", lambda *given: made.append(choose(*given)) or made[-1])
+    assert sparse_trial.lists_are_right(cut, tile, 32, DEVICE)
+    blocks, skipped = made[0].blocks, made[0].skipped
+    for wrong in ((blocks.flip(-1), skipped), (blocks, skipped ^ 1), (blocks + 7, skipped), (blocks * 0, skipped)):
+        monkeypatch.setattr(attention_lists, "choose", lambda *_, wrong=wrong: Lists(*wrong))
+        assert not sparse_trial.lists_are_right(cut, tile, 32, DEVICE)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(32, 32), (64, 16), (16, 64)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowvram_i2v import attention, cli, kernel_check
+from lowvram_i2v.attention import choice, sparse_trial
 from lowvram_i2v.kernels import op_cases
 from lowvram_i2v.kernels.op_cases import CASES, Sizes
 from lowvram_i2v.kernels.ops import PLAIN
@@ -41,11 +42,36 @@ def test_wrong_ops_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(kernel_check, "choose", lambda _: table)
     monkeypatch.setattr(kernel_check.attention, "get", lambda _: lambda q, k, v: v)
     assert cli.main(["check-kernels", "--tokens", "90", "--device", "cpu"]) == 1
-    lines = {line.partition("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    said = capsys.readouterr().out
+    lines = {line.partition("  ")[0]: line for line in said.splitlines()}
     assert lines["gelu"].endswith("WRONG")
     assert lines["gated residual"].endswith("WRONG RuntimeError: no kernel image")
     assert lines["norm, modulate"].endswith("right")
     assert lines["attention, peaked"].endswith("WRONG")
+    assert 'compute = "w8a16"' in said.splitlines()[-2]
+
+
+def test_wrong_lists_of_a_long_video_are_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def lists_fault(layout: attention.Layout, density: float, device: torch.device, head_dim: int) -> str:
+        asked.append((layout.image_tokens + layout.text_tokens, density, head_dim))
+        return "its lists are not whole"
+
+    monkeypatch.setattr(sparse_trial, "lists_fault", lists_fault)
+    row = kernel_check._sparse_row(CPU, 5001, None)
+    assert asked == [(5001, kernel_check.DENSITY, kernel_check.DIM)]
+    assert row.verdict == "WRONG its lists are not whole"
+
+
+def test_on_an_old_card_only_torchs_attention_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(kernel_check, "_attention_row", lambda row, *_: row)
+    rows = list(kernel_check.attention_rows(torch.device("cuda"), 90))
+    assert {row.kernel for row in rows if not row.skipped} == {"sdpa"}
+    assert all("7.5" in row.verdict for row in rows if row.skipped)
 
 
 def test_no_tokens_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

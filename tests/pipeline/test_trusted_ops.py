@@ -16,10 +16,11 @@ from lowvram_i2v import pipeline
 from lowvram_i2v.attention import choice
 from lowvram_i2v.dit import chunked
 from lowvram_i2v.dit.config import TransformerConfig
-from lowvram_i2v.errors import RequestError
+from lowvram_i2v.errors import PlatformError, RequestError
 from lowvram_i2v.events import Event, Notice
 from lowvram_i2v.kernels.ops import PLAIN, Ops
 from lowvram_i2v.profile import load_profile
+from lowvram_i2v.request import GenerateRequest
 
 BROKEN = replace(PLAIN, gelu=lambda x, out: out.fill_(1))
 
@@ -60,6 +61,19 @@ def test_only_what_the_profile_uses_is_tested(compute: str, found: int, monkeypa
     assert len(said) == found
 
 
+def test_what_neither_multiplies_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card whose torch has no product of rows with scales."""
+
+    def no_product(*_: object) -> None:
+        raise RuntimeError("_scaled_mm is not supported")
+
+    broken = replace(PLAIN, linear=no_product)
+    monkeypatch.setattr(pipeline, "choose", lambda device, refused=(): broken)
+    with pytest.raises(PlatformError, match=r"own linear.*_scaled_mm is not supported") as error:
+        pipeline._trusted_ops(job([], "w8a8"), torch.float32)
+    assert 'compute = "w8a16"' in error.value.remedy
+
+
 def test_without_kernels_there_is_nothing_to_test() -> None:
     said: list[Event] = []
     assert pipeline._trusted_ops(job(said), torch.float32) is PLAIN
@@ -69,6 +83,15 @@ def test_without_kernels_there_is_nothing_to_test() -> None:
 def test_all_ops_in_use_are_tested() -> None:
     source = Path(chunked.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"\bops\.([a-z]\w+)\(", source)) == set(chunked.OPS)
+
+
+def test_a_card_that_is_too_old_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    given: Any = GenerateRequest(Path("none.png"), "", Path("none.mp4")), Path("none"), load_profile("auto")
+    with pytest.raises(PlatformError, match=r"RTX 2080 has compute capability 7\.5, and attention needs 8\.0") as error:
+        jobs.prepare(*given, torch.device("cuda"), lambda event: None)
+    assert "RTX 30" in error.value.remedy
 
 
 def attending(backend: str) -> tuple[str, list[Event]]:

@@ -21,8 +21,9 @@ from lowvram_i2v.dit.conditioning import is_conditioning
 from lowvram_i2v.dit.token_order import token_order
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer, is_in_block
 from lowvram_i2v.dit.workspace import Workspace
-from lowvram_i2v.kernels.attention_cut import cut_sequence
+from lowvram_i2v.kernels.attention_cut import cut_sequence, heads_at_once
 from lowvram_i2v.kernels.attention_int8 import attend_quantized
+from lowvram_i2v.kernels.attention_lists import choose
 from lowvram_i2v.kernels.attention_quantize import quantize
 from lowvram_i2v.kernels.attention_sparse import attend as attend_sparse
 from lowvram_i2v.kernels.attention_tiles import INT8
@@ -147,6 +148,16 @@ def test_what_the_allocator_reserves_is_what_was_planned(
     off = plan.vram("denoise") / allocator.most_reserved - 1
     assert -0.005 < off < 0.015, f"{off:+.2%}"
     assert allocator.most_allocated < plan.vram("denoise")
+
+
+def test_only_one_group_of_heads_has_scores_at_a_time() -> None:
+    heads, cut, allocator = 24, cut_sequence(119_200, 3600, 118_800, 0.2), Allocator()
+    means = [torch.empty(heads, blocks, 128, device=META) for blocks in (cut.query_blocks, cut.key_blocks)]
+    with Followed(allocator), silent_kernels():
+        lists = choose(*means, cut, INT8["sm_90"][0])
+    scores = 4 * heads_at_once(cut, heads) * cut.query_blocks * cut.key_blocks
+    assert heads_at_once(cut, heads) < heads
+    assert allocator.most_allocated < 1.01 * (lists.blocks.nbytes + lists.skipped.nbytes + scores)
 
 
 def test_pages_are_reserved_whole_and_freed_blocks_are_used_again() -> None:

@@ -32,7 +32,7 @@ def test_all_profiles_load() -> None:
 
 def test_a_file_of_the_users_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(GOOD)
+    path.write_text(GOOD.replace('"sdpa"', '"auto"'))
     assert load_profile(str(path)).name == "mine"
 
 
@@ -49,6 +49,7 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         (GOOD.replace("slots = 2", 'slots = "2"'), "slots is not an integer"),
         (GOOD.replace("w8a16", "w4a4"), "compute is 'w4a4'"),
         (GOOD.replace('"auto"', '"floppy"'), "host is 'floppy'"),
+        (GOOD.replace('"sdpa"', '"magic"'), "attention is 'magic', not one of auto, sdpa, triton"),
         (GOOD.replace("density = 0.2", "density = 0.0"), "sparse_density is 0"),
         (GOOD.replace("after = 0.2", "after = 1.5"), "sparse_after is 1.5"),
         (GOOD.replace("6.0", "6"), "vram_gib is not a number with a decimal point"),

@@ -175,3 +175,6 @@ def test_extra_bytes_grow_as_the_work_does() -> None:
     assert 1.5 * codes < sizes("triton-int8", value=2) < 1.501 * codes
     assert sizes("triton") == 0
     assert set(attention.BACKENDS) == {name for name in attention.BACKENDS if sizes(name) >= 0}
+    assert sizes(attention.AUTO) == max(sizes("sdpa"), sizes("triton-int8"))
+    with pytest.raises(ValueError, match="'magic' is not one of sdpa"):
+        sizes("magic")
