@@ -11,8 +11,8 @@ Between them, `Moments` turns what was measured into the next scale and shift. M
 in float64 (Chan's formula), so that 5e8 values lose nothing to cancellation. Each chunk's are merged at once: kept, the
 parts of some chunks took 0.3 GiB. Nothing here waits for the device.
 
-These are the plain-torch definitions and the oracle of `group_norm_triton`, which takes over on CUDA where
-`decoder_trial` finds it right.
+`group_norm_plain` has the definitions, `group_norm_triton` the kernels that take over on CUDA where `decoder_trial`
+finds them right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Affine = tuple[Tensor, Tensor]
@@ -89,22 +88,7 @@ def normalize_into(out: Tensor, x: Tensor, affine: Affine | None, above: int, be
     x [T, R, W, C] with any distance between frames; out [T, above + R + below, W + 2, C] contiguous. above and below
     (0 or 1) say whether the window ends there with the picture: only then there is an edge to replicate.
     """
-    triton = _triton(x)
-    if triton is not None:
-        triton.normalize_into(out, x, affine, above, below)
-        return
-    inner = out[:, above : above + x.shape[1]]
-    if affine is None:
-        inner[:, :, 1:-1] = x
-    else:
-        for frame, normed in zip(x, inner, strict=True):  # float32 of one frame at a time
-            normed[:, 1:-1] = F.silu(torch.addcmul(affine[1], frame.to(affine[0].dtype), affine[0]), inplace=True)
-    inner[:, :, 0] = inner[:, :, 1]
-    inner[:, :, -1] = inner[:, :, -2]
-    if above:
-        out[:, 0] = out[:, 1]
-    if below:
-        out[:, -1] = out[:, -2]
+    _kernels(x).normalize_into(out, x, affine, above, below)
 
 
 def add_and_measure(
@@ -114,58 +98,23 @@ def add_and_measure(
 
     x [T, R, W, C] contiguous; residual of the same shape with any distance between frames; bias [C].
     """
-    triton = _triton(x)
-    if triton is not None:
-        triton.add_and_measure(x, bias, residual, moments, rows)
-        return
-    if residual is not None:
-        x += residual
-    x += bias
-    if moments is not None:
-        _add_moments(moments, x[:, rows], torch.zeros_like(bias))
+    _kernels(x).add_and_measure(x, bias, residual, moments, rows)
 
 
 def measure(x: Tensor, bias: Tensor, moments: Moments, rows: slice = slice(None)) -> None:
     """The moments of x[:, rows] + bias join `moments`; x stays as it is."""
-    triton = _triton(x)
-    if triton is not None:
-        triton.add_and_measure(x, bias, None, moments, rows, store=False)
-        return
-    _add_moments(moments, x[:, rows], bias)
+    _kernels(x).measure(x, bias, moments, rows)
 
 
 def interleave(
     out: Tensor, phases: Tensor, spread: Phases, bias: Tensor, moments: Moments | None, rows: slice = slice(None)
 ) -> None:
     """Writes the phases in order and with their bias; then the moments of out[:, rows] join `moments`."""
-    triton = _triton(out)
-    if triton is not None:
-        triton.interleave(out, phases, spread, bias, moments, rows)
-        return
-    frames, high, width, channels = out.shape
-    by_phase = phases.view(*phases.shape[:3], spread.time, 2, 2, channels)
-    for time in range(spread.time):
-        first = (time - spread.dropped) % spread.time
-        source = (first + spread.dropped) // spread.time
-        count = len(range(first, frames, spread.time))
-        for odd in range(4):
-            row, column = (spread.first_row + odd // 2) % 2, odd % 2  # the first of this phase in `out`
-            pair = (spread.first_row + row - 1) // 2 - spread.first_pair
-            part = by_phase[source : source + count, pair:, column:, time, odd // 2, odd % 2]
-            out[first :: spread.time, row::2, column::2] = part[:, : len(range(row, high, 2)), : width // 2]
-    add_and_measure(out, bias, None, moments, rows)
-
-
-def _add_moments(moments: Moments, x: Tensor, bias: Tensor) -> None:
-    frames = [frame.flatten(0, 1).to(wide(x.dtype)) + bias for frame in x]
-    spread = [torch.var_mean(frame, 0, correction=0) for frame in frames]
-    means, squares = torch.stack([mean for _, mean in spread]), torch.stack([variance for variance, _ in spread])
-    size = len(frames[0])
-    moments.add(means.new_full((len(frames),), size), means, squares * size)
+    _kernels(out).interleave(out, phases, spread, bias, moments, rows)
 
 
 def has_triton(x: Tensor) -> bool:
-    """Whether a kernel takes over."""
+    """Whether kernels take over."""
     if not x.is_cuda:
         return False
     from lowvram_i2v.kernels.decoder_trial import fault
@@ -173,9 +122,11 @@ def has_triton(x: Tensor) -> bool:
     return fault(x.device) is None
 
 
-def _triton(x: Tensor) -> ModuleType | None:
-    if not has_triton(x):
-        return None
-    from lowvram_i2v.kernels import group_norm_triton
+def _kernels(x: Tensor) -> ModuleType:
+    if has_triton(x):
+        from lowvram_i2v.kernels import group_norm_triton
 
-    return group_norm_triton
+        return group_norm_triton
+    from lowvram_i2v.kernels import group_norm_plain
+
+    return group_norm_plain

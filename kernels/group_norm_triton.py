@@ -74,13 +74,16 @@ def _normalize_into(
     tl.store(target + place[:, None] * channels + channel[None, :], values, mask=mask)
 
 
-def add_and_measure(
-    x: Tensor, bias: Tensor, residual: Tensor | None, moments: Moments | None, rows: slice, store: bool = True
-) -> None:
-    """As `group_norm.add_and_measure`; without `store` as `group_norm.measure`."""
+def add_and_measure(x: Tensor, bias: Tensor, residual: Tensor | None, moments: Moments | None, rows: slice) -> None:
+    """As `group_norm.add_and_measure`."""
     width, channels = x.shape[2:]
     assert residual is None or residual.stride()[1:] == (width * channels, channels, 1)
-    _launch(x, x, bias, residual, moments, rows, None, store)
+    _launch(x, x, bias, residual, moments, rows, None, True)
+
+
+def measure(x: Tensor, bias: Tensor, moments: Moments, rows: slice) -> None:
+    """As `group_norm.measure`."""
+    _launch(x, x, bias, None, moments, rows, None, False)
 
 
 def interleave(out: Tensor, phases: Tensor, spread: Phases, bias: Tensor, moments: Moments | None, rows: slice) -> None:

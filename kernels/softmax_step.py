@@ -21,7 +21,12 @@ def softmax_step(scores: Tensor, scale: float, weights: Tensor, total: Tensor, h
         from lowvram_i2v.kernels import softmax_step_triton
 
         softmax_step_triton.softmax_step(scores, scale, weights, total, highest, sums)
-        return
+    else:
+        by_torch(scores, scale, weights, total, highest, sums)
+
+
+def by_torch(scores: Tensor, scale: float, weights: Tensor, total: Tensor, highest: Tensor, sums: Tensor) -> None:
+    """The definition."""
     now = (scores.amax(1) * scale).maximum(highest)
     fade = (highest - now).exp()
     exponents = (scores * scale - now[:, None]).exp_()

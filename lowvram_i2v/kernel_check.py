@@ -1,8 +1,9 @@
 """Every op against its definition on this machine, and how long it takes beside torch's own: rows of a table.
 
 The cases are those of the self-tests that `generate` makes before it trusts a kernel (`kernels.op_cases`,
-`kernels.attention_cases`); here they have the sizes of the released model at a video's real length: ops get one chunk
-of tokens, as the transformer calls them, attention gets all tokens of a few heads, of which some queries are compared.
+`kernels.attention_cases`, `kernels.decoder_trial`); here they have the sizes of the released model at a video's real
+length: ops get one chunk of tokens, as the transformer calls them, the decoder's one chunk of frames, attention gets all
+tokens of a few heads, of which some queries are compared.
 
 Invariants: nothing is as long as the video but a few heads' q, k and v and the scores of the compared queries; nothing
 that an op raises ends the check. Without a card the ops are plain torch, checked on few rows in bfloat16, without
@@ -19,7 +20,7 @@ import torch
 
 from lowvram_i2v import attention
 from lowvram_i2v.attention import choice
-from lowvram_i2v.kernels import attention_cases, op_cases
+from lowvram_i2v.kernels import attention_cases, decoder_trial, op_cases
 from lowvram_i2v.kernels.op_cases import Case, Sizes
 from lowvram_i2v.kernels.ops import PLAIN, Ops, choose
 
@@ -31,6 +32,8 @@ ON_CPU = Sizes(rows=48, first=16, heads=2, dim=64, mlp=512)
 """Rows and widths that take no time."""
 TOKENS_ON_CPU = 200
 TYPE = torch.bfloat16
+DECODED = decoder_trial.Size(8, 45, 160, 128)
+"""A chunk of the decoder, as 1280x720 has them."""
 DENSITY, TEXT_TOKENS, LATENT_FRAMES = 0.2, 400, 33
 """Of sparse attention's call that is timed."""
 PAUSE = 20_000_000
@@ -68,6 +71,9 @@ def check(device: torch.device, tokens: int) -> Iterator[Row]:
     on_gpu = device.type == "cuda"
     sizes = Sizes(min(CHUNK, tokens), min(CHUNK, tokens) // 3) if on_gpu else ON_CPU
     yield from op_rows(device, sizes, choose(device))
+    if on_gpu:  # on a CPU the decoder's ops are their own definitions
+        kernels = decoder_trial.fault(device) is None
+        yield from decoder_rows(device, decoder_trial.fused() if kernels else decoder_trial.PLAIN, DECODED)
     yield from attention_rows(device, tokens if on_gpu else min(tokens, TOKENS_ON_CPU))
 
 
@@ -108,6 +114,31 @@ def _recording(op: Callable[..., Any], calls: list[tuple[Any, ...]]) -> Callable
         return op(*arguments)
 
     return call
+
+
+def decoder_rows(device: torch.device, ops: decoder_trial.Ops, size: decoder_trial.Size) -> Iterator[Row]:
+    """The decoder's ops on a chunk of this size."""
+    for name, case in decoder_trial.CASES.items():
+        kernel = "triton" if "triton" in getattr(ops, case.op).__module__ else "torch"
+        row = Row(f"decoder: {name}", kernel, limit=decoder_trial.LIMIT)
+        try:
+            yield _decoder_row(row, case, ops, size, device)
+        except Exception as problem:  # noqa: BLE001 - whatever a compiler or a driver raises is the op's row
+            yield replace(row, trouble=_said(problem))
+        _free(device)
+
+
+def _decoder_row(
+    row: Row, case: decoder_trial.Case, ops: decoder_trial.Ops, size: decoder_trial.Size, device: torch.device
+) -> Row:
+    calls: list[tuple[Any, ...]] = []
+    ours, torchs = (getattr(table, case.op) for table in (ops, decoder_trial.PLAIN))
+    recorded = ops._replace(**{case.op: _recording(ours, calls)})
+    row = replace(row, error=decoder_trial.error(case, recorded, size, device))
+    if device.type != "cuda":
+        return row
+    ms, torch_ms = (milliseconds(lambda: op(*calls[0]), device) for op in (ours, torchs))  # noqa: B023
+    return replace(row, ms=ms, torch_ms=torch_ms)
 
 
 def attention_rows(device: torch.device, tokens: int) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowvram_i2v import attention, cli, kernel_check
 from lowvram_i2v.attention import choice, sparse_trial
-from lowvram_i2v.kernels import op_cases
+from lowvram_i2v.kernels import decoder_trial, op_cases
 from lowvram_i2v.kernels.op_cases import CASES, Sizes
 from lowvram_i2v.kernels.ops import PLAIN
 
@@ -49,6 +49,23 @@ def test_wrong_ops_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert lines["norm, modulate"].endswith("right")
     assert lines["attention, peaked"].endswith("WRONG")
     assert 'compute = "w8a16"' in said.splitlines()[-2]
+
+
+def test_the_decoders_ops_have_rows_too() -> None:
+    """With one that is wrong and one that breaks; on a card, where they are not their own definitions."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    def twice(x: Tensor, bias: Tensor, *rest: object) -> None:
+        decoder_trial.PLAIN.add_and_measure(x, 2 * bias, *rest)
+
+    ops = decoder_trial.PLAIN._replace(add_and_measure=twice, interleave=broken)
+    rows = {row.op: row for row in kernel_check.decoder_rows(CPU, ops, decoder_trial.SMALL)}
+    assert len(rows) == len(decoder_trial.CASES)
+    wrong = {name for name, row in rows.items() if not row.right}
+    assert wrong == {"decoder: bias, residual, moments", "decoder: phases in order, moments"}
+    assert rows["decoder: phases in order, moments"].verdict == "WRONG RuntimeError: no kernel image"
 
 
 def test_wrong_lists_of_a_long_video_are_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:

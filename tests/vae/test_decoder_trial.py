@@ -16,11 +16,11 @@ import torch
 from lowvram_i2v.kernels import decoder_trial, group_norm_triton
 
 here = torch.device("cpu")
-assert decoder_trial.fault(here) is None, decoder_trial.fault(here)
-assert max(error for _, error in decoder_trial.errors(here)) < {LIMIT} / 4
+errors = [decoder_trial.error(case, decoder_trial.fused(), decoder_trial.SMALL, here)
+          for case in decoder_trial.CASES.values()]
+assert max(errors) < {LIMIT} / 4, errors
 merged = group_norm_triton.merge
 group_norm_triton.merge = lambda state, counts, means, squares: merged(state, counts, means + 0.1, squares)
-decoder_trial.fault.cache_clear()
 assert " is off by " in decoder_trial.fault(here)
 """
 
@@ -32,26 +32,26 @@ def test_the_kernels_are_right_and_wrong_ones_are_found():
 
 
 def test_a_compiler_that_is_not_there_means_plain_torch(monkeypatch):
-    def errors(device):
+    def error(*_):
         raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
 
-    monkeypatch.setattr(decoder_trial, "errors", errors)
+    monkeypatch.setattr(decoder_trial, "error", error)
     card = torch.device("cuda", 7)
     assert fault(card) == "RuntimeError: Failed to find C compiler."
     fault.cache_clear()
 
 
 def test_what_is_no_number_is_wrong(monkeypatch):
-    monkeypatch.setattr(decoder_trial, "errors", lambda _: [("a", 0.0), ("b", float("nan")), ("c", 1e-3)])
-    assert "b is off by nan" in fault(torch.device("cuda", 7))
+    monkeypatch.setattr(decoder_trial, "error", lambda case, *_: 0.0 if case.op != "measure" else float("nan"))
+    assert "moments is off by nan" in fault(torch.device("cuda", 7))
     fault.cache_clear()
 
 
 def test_running_out_of_memory_is_no_verdict(monkeypatch):
-    def errors(device):
+    def error(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(decoder_trial, "errors", errors)
+    monkeypatch.setattr(decoder_trial, "error", error)
     with pytest.raises(torch.OutOfMemoryError):
         fault(torch.device("cuda", 7))
 
