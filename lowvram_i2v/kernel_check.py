@@ -2,7 +2,7 @@
 
 The cases are those of the self-tests that `generate` makes before it trusts a kernel (`kernels.op_cases`,
 `kernels.attention_cases`, `kernels.decoder_trial`); here they have the sizes of the released model at a video's real
-length: ops get one chunk of tokens, as the transformer calls them, the decoder's one chunk of frames, attention gets all
+length: ops get one chunk of tokens, as the transformer calls them, the decoder's one chunk of frames, attention all
 tokens of a few heads, of which some queries are compared.
 
 Invariants: nothing is as long as the video but a few heads' q, k and v and the scores of the compared queries; nothing
