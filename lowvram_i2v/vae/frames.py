@@ -162,7 +162,8 @@ class Courier:
 
 
 class _Buffer:
-    """Device memory for one copy at a time, and the event after which it may be used anew."""
+    """Device memory for one copy at a time. `done` is recorded in turn by who fills it and by who uses what is in it,
+    and each waits for the other's."""
 
     def __init__(self, memory: Tensor) -> None:
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -156,7 +156,7 @@ def chunk_layout(
             if stage.narrows:
                 trunk = narrow = ends.take(size.narrow)
             else:
-                old = []
+                old = []  # `second` will add the trunk that `first` has read
         else:
             trunk, branch = out, None
         for place in old:
