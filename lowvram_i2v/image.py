@@ -60,7 +60,7 @@ def read_image(path: Path, listen: Listener = ignore) -> Image.Image:
                 count = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)
                 picture = to_rgb(upright)
         except Image.DecompressionBombError as error:
-            raise _too_large(path, "Pillow takes it for a decompression bomb") from error
+            raise _too_large(path, str(error).partition(" exceeds")[0]) from error
         except UnidentifiedImageError as error:
             raise RequestError(f"{path} ({path.stat().st_size} bytes) is not a picture.", READ_AS) from error
         except DAMAGE as error:
