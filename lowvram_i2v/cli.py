@@ -25,7 +25,7 @@ from lowvram_i2v.demo_model import ADVICE, FRAMES, STEPS, is_demo, model_path, s
 from lowvram_i2v.errors import LowVramError, RequestError
 from lowvram_i2v.events import Notice
 from lowvram_i2v.profile import DEFAULT_PROFILE
-from lowvram_i2v.request import RESOLUTIONS, GenerateRequest
+from lowvram_i2v.request import RESOLUTIONS, GenerateRequest, buckets
 from lowvram_i2v.variant import VARIANTS
 
 PROMPT_ADVICE = """\
@@ -136,8 +136,7 @@ def _add_generate(commands: Any) -> None:
     add(
         "--profile",
         metavar="NAME",
-        default=DEFAULT_PROFILE,
-        help="see `lowvram-i2v profiles` (default %(default)s)",
+        help=f"see `lowvram-i2v profiles` (default: that of --like, else {DEFAULT_PROFILE})",
     )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N (default %(default)s)")
     add("--preview", type=int, default=0, metavar="N", help="a small animated picture beside the output every N steps")
@@ -150,9 +149,15 @@ def _generate(options: argparse.Namespace) -> int:
     from lowvram_i2v.profile import load_profile
 
     console = Console()
-    request, model = _request(options)
+    request, model, profile_name = _request(options)
     _check_preview(options)
-    profile = load_profile(options.profile)
+    try:
+        profile = load_profile(options.profile or profile_name or DEFAULT_PROFILE)
+    except RequestError:
+        if options.profile is not None:
+            raise
+        profile = load_profile(DEFAULT_PROFILE)
+        console(Notice(f"{options.like} was made with profile {profile_name}, which is not known here."))
     device = pick_device(options.device)
     console(Notice(f"{describe(device)}; profile {profile.name}; seed {request.seed}"))
     if is_demo(model):
@@ -170,23 +175,25 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
-    """The request from --like, if given, and the flags; and the model folder."""
+def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path, str | None]:
+    """The request from --like, if given, and the flags; the model folder; and the profile that --like names."""
     names = [field.name for field in fields(GenerateRequest) if field.name != "output"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    model = options.model
+    model, profile = options.model, None
     if options.like is not None:
         from lowvram_i2v.video import read_settings
 
         settings = read_settings(options.like)
         request = GenerateRequest.from_settings(settings, options.output)
-        if "resolution" in given or "image" in given:
+        if "resolution" in given or ("image" in given and _is_bucket(request)):
             given.setdefault("size", None)
         if "stability" in given and given["stability"] != request.stability:
             given.setdefault("flow_shift", None)
         about = settings.get("about")
-        if model is None and isinstance(about, dict) and isinstance(about.get("model"), str):
+        about = about if isinstance(about, dict) else {}
+        if model is None and isinstance(about.get("model"), str):
             model = model_path(about["model"])
+        profile = about["profile"] if isinstance(about.get("profile"), str) else None
         if model is None:
             raise RequestError(f"--model not given, and {options.like} does not name one", "Name the model folder.")
         request = replace(request, **given)
@@ -199,7 +206,14 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path]:
         request = GenerateRequest(output=options.output, **{"seed": secrets.randbits(32), **known, **given})
     if is_demo(model) and request.size is None and "resolution" not in given:
         request = replace(request, size=size_for(request.image))
-    return request, model
+    return request, model, profile
+
+
+def _is_bucket(request: GenerateRequest) -> bool:
+    """Whether the size is one that --resolution chooses: another picture may then get another."""
+    if request.size is None or request.resolution not in RESOLUTIONS:
+        return False
+    return request.size[::-1] in buckets(RESOLUTIONS[request.resolution])
 
 
 def _check_preview(options: argparse.Namespace) -> None:

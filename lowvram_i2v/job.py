@@ -20,7 +20,7 @@ from lowvram_i2v.events import Listener, Notice, Planned
 from lowvram_i2v.host_memory import available_ram
 from lowvram_i2v.image import fit_image, read_image
 from lowvram_i2v.kernels.compute import refusal
-from lowvram_i2v.latents_file import LatentsFile
+from lowvram_i2v.latents_file import LatentsFile, latents_path
 from lowvram_i2v.plan import Machine, MemoryPlan, Video, make_plan
 from lowvram_i2v.profile import VramProfile
 from lowvram_i2v.request import GenerateRequest
@@ -150,6 +150,8 @@ def prepare(
     for text in (fitted.description, *request.notices()):
         listen(Notice(text))
     _say_replaced(job)
+    if (older := latents_path(request.output)).exists():
+        listen(Notice(f"{older}, which an earlier run left, will be replaced: decode it first if you want its video."))
     _say_dropped(job)
     return job
 

@@ -7,7 +7,7 @@ Each phase loads one component, uses it and frees it; between phases only small 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def generate(
         steps = condition_steps(job, prompts)
         latents = sample(job, steps, image_latent, draw_noise(job.latent_shape, job.request.seed))
         with saved(job, latents):
-            return write(job, decode(job, latents))
+            return write(job, decode(job, latents), _settings(job))
 
 
 def decode_file(
@@ -89,7 +89,7 @@ def decode_file(
     """The last two phases of `generate`, on latents that a run left. The file of latents is kept."""
     job = prepare_decode(latents, folder, profile, device, output, listen)
     with limited(device, job.plan.limit):
-        return write(job, decode(job, latents.read()))
+        return write(job, decode(job, latents.read()), _decoded_settings(job, latents))
 
 
 Prompts = tuple[PromptEmbeds, PromptEmbeds | None]
@@ -258,13 +258,27 @@ def sample(job: Job, steps: Steps, image_latent: Tensor, noise: Tensor) -> Tenso
         rope = cos.to(device), sin.to(device)
         velocity = GuidedVelocity(transformer, *steps, request.cfg, rope, blocks, work, attention, order)
         sigmas = flow_sigmas(request.steps, job.flow_shift)
-        return denoise(
+        latents = denoise(
             velocity,
             condition(header.variant, image_latent.to(device)),
             start_latents(noise, image_latent, request.stability).to(device),
             sigmas,
             _watch(job, sigmas),
         ).cpu()
+        _check_numbers(job, request.steps, latents)
+        return latents
+
+
+def _check_numbers(job: Job, step: int, latents: Tensor) -> None:
+    """Raises PlatformError where the latents hold what is no number. Waits for the device."""
+    if not bool(latents.isfinite().all()):
+        profile = job.profile
+        raise PlatformError(
+            f"after step {step} the latents hold values that are not numbers (profile {profile.name}: compute "
+            f"{profile.compute}, attention {profile.attention}; {job.model.header.scheme} weights)",
+            "`lowvram-i2v verify` looks for damaged weights, `lowvram-i2v check-kernels` for kernels that are wrong on "
+            'this card; a profile with compute = "w8a16" and attention = "sdpa" uses none of ours in 8 bits.',
+        )
 
 
 def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
@@ -291,17 +305,18 @@ def _trusted_ops(job: Job, dtype: torch.dtype) -> Ops:
 
 
 def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:
-    """What happens after each step: progress is told, and previews are written where they are wanted."""
-    if not job.preview_every:
-        return lambda step, _: job.listen(PhaseAdvanced("denoise", step))
-    decoder = job.preview_decoder
-    if decoder is not None:
-        decoder.to(job.device, compute_dtype(job.device, torch.float16))
-    path, fps = preview_path(job.request.output), job.request.fps
-    preview = PreviewWriter(path, sigmas.tolist(), job.preview_every, fps, job.listen, decoder)
+    """What happens after each step: progress is told, and previews are written where they are wanted. After the first
+    one a run that makes no numbers ends."""
+    preview: Callable[[int, Tensor], None] = lambda *_: None  # noqa: E731
+    if job.preview_every:
+        path, fps = preview_path(job.request.output), job.request.fps
+        dtype = compute_dtype(job.device, torch.float16)
+        preview = PreviewWriter(path, sigmas.tolist(), job.preview_every, fps, job.listen, job.preview_decoder, dtype)
 
     def watch(step: int, latents: Tensor) -> None:
         job.listen(PhaseAdvanced("denoise", step))
+        if step == 1:
+            _check_numbers(job, step, latents)
         preview(step, latents)
 
     return watch
@@ -310,20 +325,21 @@ def _watch(job: Job, sigmas: Tensor) -> Callable[[int, Tensor], None]:
 @contextmanager
 def saved(job: Job, latents: Tensor) -> Iterator[None]:
     """Keeps the finished latents beside the output until the video is complete: nothing finished is lost."""
-    path, kept = latents_path(job.request.output), False
+    path, kept = latents_path(job.request.output), None
     try:
         save_latents(path, latents, _settings(job))
-        kept = True
+        kept = path.stat().st_ino
     except ResourceError as error:
         job.listen(Notice(f"The latents are not kept while they are decoded: {error.what}"))
     try:
         yield
     except BaseException:
-        if kept:
+        if kept is not None:
             job.listen(Notice(f"The sampled latents are safe. To go on: lowvram-i2v decode {path}"))
         raise
-    if kept:
-        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        if path.stat().st_ino == kept:  # not that of another run with this output
+            path.unlink()
 
 
 def decode(job: VideoJob, latents: Tensor) -> Generator[Tensor]:
@@ -350,20 +366,35 @@ def decode(job: VideoJob, latents: Tensor) -> Generator[Tensor]:
             job.listen(PhaseAdvanced("decode", max(0, done)))
 
 
-def write(job: VideoJob, pieces: Generator[Tensor]) -> Path:
+def write(job: VideoJob, pieces: Generator[Tensor], settings: dict[str, Any]) -> Path:
     """Frames into the mp4 as they come, settings and circumstances with them. Ends `pieces` whatever happens."""
     with closing(pieces):
         frames = (frame for piece in pieces for frame in piece.permute(1, 2, 3, 0).numpy())
-        write_video(frames, job.request.output, job.request.fps, _settings(job))
+        write_video(frames, job.request.output, job.request.fps, settings)
     return job.request.output
 
 
 def _settings(job: VideoJob) -> dict[str, Any]:
-    """All that repeats the run, and under `about` what the reader may want to know."""
+    """All that repeats the run, and under `about` how it was computed: the profile's way, or what replaced it here."""
+    profile = job.profile
+    sparse = {"sparse_density": profile.sparse_density, "sparse_after": profile.sparse_after}
     return job.request.to_settings(
         model=str(job.model.path.absolute()),
         variant=job.model.header.variant.name,
         scheme=job.model.header.scheme,
-        profile=job.profile.name,
+        profile=profile.name,
         device=describe(job.device),
+        compute=profile.compute,
+        attention=profile.attention,
+        **(sparse if profile.attention == "triton-sparse" else {}),
+        decode=profile.decode,
     )
+
+
+def _decoded_settings(job: VideoJob, latents: LatentsFile) -> dict[str, Any]:
+    """Those of the run that made the latents; only the decoding is this run's."""
+    settings = _settings(job)
+    made = latents.settings.get("about")
+    if isinstance(made, dict):
+        settings["about"] |= made | {"decode": job.profile.decode}
+    return settings

@@ -10,6 +10,7 @@ read. It costs a copy to the host at the steps that are shown, none at the other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class PreviewWriter:
     """Called after every step with its number, from 1, and the latents: the form of `denoise`'s `on_step`.
 
     sigmas: the schedule, steps + 1 values from 1 to 0. every: steps between previews; the last step always gives one.
-    A first step alone shows nothing, it has no neighbour. fps: of the video. decoder: TAEHV, on the device of the
-    latents; without it, or once it has run out of memory, the matrix of `linear_rgb`.
+    A first step alone shows nothing, it has no neighbour. fps: of the video. decoder: TAEHV, of which a copy in `dtype`
+    is made on the device of the latents; without it, or once memory has run out, the matrix of `linear_rgb`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class PreviewWriter:
         fps: int,
         listen: Listener,
         decoder: TinyDecoder | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if every < 1:
             raise RequestError(f"--preview is {every!r}.", "Give the number of steps between previews, 1 or more.")
@@ -63,8 +65,8 @@ class PreviewWriter:
         self.every = every
         self.duration = round(1000 * FRAMES_A_LATENT / fps)  # milliseconds of one picture
         self.listen = listen
-        self.decoder = decoder
-        self.failed = False
+        self.decoder, self.dtype = decoder, dtype
+        self.failed, self._moved = False, False
         self._before: Tensor | None = None
 
     def __call__(self, step: int, latents: Tensor) -> None:
@@ -87,12 +89,17 @@ class PreviewWriter:
         except OSError as error:
             self.failed = True
             self.listen(Notice(f"There will be no previews: {self.path} cannot be written ({error})."))
+        except torch.OutOfMemoryError:
+            self.failed = True
+            self.listen(Notice("There will be no previews: too little video memory is left for them."))
 
     @torch.inference_mode()
     def _pictures(self, latents: Tensor) -> npt.NDArray[np.uint8]:
         """uint8 [T, H, W, 3]"""
         if self.decoder is not None:
             try:
+                if not self._moved:
+                    self.decoder, self._moved = deepcopy(self.decoder).to(latents.device, self.dtype), True
                 small = [_small(frame) for frame in self.decoder.decode(latents, every_frame=False)]
                 return _to_host(torch.stack(small))
             except torch.OutOfMemoryError:

@@ -49,9 +49,13 @@ BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt7
 
 
 def to_uint8(frames: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """Values in 0..1, any shape, to 0..255: clipped and rounded. Raises ValueError for NaN."""
+    """Values in 0..1, any shape, to 0..255: clipped and rounded. Raises PlatformError for NaN."""
     if np.isnan(frames).any():
-        raise ValueError("frames hold values that are not numbers")
+        raise PlatformError(
+            "the decoded frames hold values that are not numbers",
+            "`lowvram-i2v verify` looks for damaged weights; lowvram-i2v decode --device cpu decodes saved latents in "
+            "float32, in which nothing overflows.",
+        )
     values = np.clip(frames, 0, 1)
     values *= 255
     return np.asarray(np.rint(values, out=values), dtype=np.uint8)

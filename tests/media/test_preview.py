@@ -221,9 +221,13 @@ def test_with_taehv_the_preview_shows_its_frames(tmp_path, monkeypatch, decoder)
     assert written[0].mean() == pytest.approx(whole.mean().item() * 255, abs=1.5)
 
 
-def test_out_of_memory_falls_back_to_the_matrix_with_a_notice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["to", "decode"])
+def test_out_of_memory_falls_back_to_the_matrix_with_a_notice(tmp_path, monkeypatch, fails):
     class Greedy:
-        def decode(self, latents, every_frame):
+        def to(self, *_):
+            return self.decode() if fails == "to" else self
+
+        def decode(self, *_, **__):
             raise torch.OutOfMemoryError("no")
 
     written, said = shown(monkeypatch), []
@@ -232,6 +236,17 @@ def test_out_of_memory_falls_back_to_the_matrix_with_a_notice(tmp_path, monkeypa
     assert len(said) == 1
     assert isinstance(said[0], Notice)
     assert "--preview-vae" in said[0].text
+
+
+def test_no_memory_even_for_the_matrix_stops_nothing(tmp_path, monkeypatch):
+    def linear_rgb(latents):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(preview, "linear_rgb", linear_rgb)
+    said = []
+    run(PreviewWriter(tmp_path / "p.webp", flow_sigmas(6, 7.0).tolist(), 2, 24, said.append), 6)
+    assert len(said) == 1
+    assert "too little video memory" in said[0].text
 
 
 def test_a_preview_that_cannot_be_written_stops_nothing(tmp_path):

@@ -62,7 +62,7 @@ def test_a_video_of_exact_size_that_can_be_repeated(
     variant: str, frames: int, generate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, again = tmp_path / "out.mp4", tmp_path / "again.mp4"
-    flags = ("--cfg", "2", "--fps", "12", "--dynamic") if variant == "latent_concat" else ()
+    flags = ("--cfg", "2", "--fps", "12", "--dynamic", "--profile", "8gb") if variant == "latent_concat" else ()
     assert generate("--output", str(out), *flags, variant=variant) == 0
     assert capsys.readouterr().out.strip() == str(out)
     count, seconds = imageio_ffmpeg.count_frames_and_secs(str(out))
@@ -77,11 +77,29 @@ def test_a_video_of_exact_size_that_can_be_repeated(
     assert settings == json.loads((tmp_path / "out.mp4.json").read_text())
     assert cli.main(["generate", "--like", str(out), "--device", "cpu", "--output", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes()
+    assert f"profile {'8gb' if flags else 'auto'};" in capsys.readouterr().err
 
-    other = tmp_path / "other.mp4"
-    seed = str(settings["seed"] + 1)
-    assert cli.main(["generate", "--like", str(out), "--device", "cpu", "--seed", seed, "--output", str(other)]) == 0
+    other, tall = tmp_path / "other.mp4", tmp_path / "tall.png"
+    Image.linear_gradient("L").resize((60, 99)).convert("RGB").save(tall)
+    changed = ["--seed", str(settings["seed"] + 1), "--image", str(tall)]
+    assert cli.main(["generate", "--like", str(out), "--device", "cpu", *changed, "--output", str(other)]) == 0
     assert other.read_bytes() != out.read_bytes()
+    assert read_settings(other)["size"] == [64, 48]  # asked for, not chosen for the picture
+
+
+def test_like_takes_the_size_of_a_new_picture_and_says_what_it_does_not_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that --resolution chose is chosen anew; a profile that is gone is not taken silently."""
+    settings = {"image": "a.png", "prompt": "x", "resolution": "360p", "size": [640, 352], "about": {"profile": "mine"}}
+    (tmp_path / "old.json").write_text(json.dumps(settings))
+    flags = ["generate", "--like", str(tmp_path / "old.json"), "--image", "b.png", "--model", "none", "--device", "cpu"]
+    flags += ["--output", str(tmp_path / "new.mp4")]
+    request, _, profile = cli._request(cli._parser().parse_args(flags))
+    assert request.size is None
+    assert profile == "mine"
+    assert cli.main(flags) == 1
+    assert "profile mine, which is not known here" in capsys.readouterr().err
 
 
 def test_a_wrong_attention_backend_is_refused_and_the_run_goes_on(
