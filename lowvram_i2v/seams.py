@@ -4,13 +4,16 @@ A decoder with overlapping tiles fades one into the next. A hard border is a ste
 tiles of different brightness is a ramp, which bends where it begins and where it ends. Both are measured at each line
 (a column, a row, or a frame), in levels of 255 of brightness averaged over 32 pixels across:
 
-    step    from the line before
-    bend    change of slope: brightness gained over `reach` lines after this one, less that over `reach` before it;
-            reach is an eighth of the fade, so tiles that differ by d levels make a bend of d / 8
+    step    from the line before:  d[x] = y[x] - y[x-1]
+    bend    change of slope:       d[x] = g[x+reach] - g[x-reach], where g[x] is the mean of the `reach` lines from x on
+                                   less that of the `reach` lines before
 
-both beyond what the mean of the same before and after this line makes expect, so that a picture's slopes and curves
-count for nothing. Each is the rms over frames, and of the stretches across the median: a border runs through all of
-them, an edge of the picture through few. The same measures at lines inside tiles say what is the picture's own. Lines
+each beyond what the same n lines before and after makes expect, d[x] - (d[x-n] + d[x+n]) / 2 (n is 1 and 2 reach), so
+that a picture's slopes and curves count for nothing. Reach is an eighth of the fade: of two tiles 4 levels apart that
+fade into each other over 64 pixels, reach is 8 and the bend where the fade begins 4 / 8 = 0.5.
+
+A line's level is the rms over frames, and of the stretches across the median: a border runs through all of them, an
+edge of the picture through few. The same at lines inside tiles says what is the picture's own (`Seam.limit`). Lines
 inside are those at equal places of a latent cell (8 pixels, 4 frames), because decoders leave a pattern of that
 period; what all have in common (their median) is taken off.
 

@@ -160,12 +160,14 @@ def conditioning_bytes(
         product = scratch(stored, "w8a16", (parts * hidden, hidden), steps + extra, element)
         out = parts * (steps + extra) * hidden * element
         packed = parts * steps * (1 + extra) * hidden * element
-        peak = max(peak, results + vectors + product.held + product.call + out, results + out + out + packed * extra)
+        multiplying = results + vectors + product.held + product.call + out
+        packing = results + 2 * out + packed * extra
+        peak = max(peak, multiplying, packing)
         results += packed
-    peak = max(peak, 2 * results)  # the pieces become one tensor
+    joining = 2 * results  # the pieces become one tensor
 
     prompt = text_tokens * hidden * element
-    refiner = (REFINER_ROWS + 2 * config.mlp_hidden / hidden) * prompt
-    peak = max(peak, results + steps * prompt + int(refiner) - prompt)
+    refiner = int((REFINER_ROWS + 2 * config.mlp_hidden / hidden) * prompt)
+    refining = results + (steps - 1) * prompt + refiner  # which has the last step's result among its own
     inputs = (text_tokens * config.text_dim + config.pooled_dim) * (FLOAT32 + element)
-    return 2 * largest_slab + inputs + vectors + peak
+    return 2 * largest_slab + inputs + vectors + max(peak, joining, refining)

@@ -61,7 +61,13 @@ def token_order(grid: tuple[int, int, int], patch_size: tuple[int, int, int]) ->
 def brick_order(size: tuple[int, int, int], brick: tuple[int, int, int]) -> Tensor:
     """Places of a grid (time, rows, columns) in the order of bricks of about `brick`, to and fro: int64 indices.
 
-    An axis reverses where the number of rows walked so far is odd, so that a step mostly leads to a neighbour.
+    An axis reverses where the number of rows walked so far is odd, so that a step mostly leads to a neighbour: first
+    from brick to brick, then inside each. When 4x4 tokens are walked in bricks of 2x2:
+
+         0  1  7  6
+         3  2  4  5
+        15 14  8  9
+        12 13 11 10
     """
     places = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
     rank = torch.zeros_like(places[0])
@@ -70,7 +76,7 @@ def brick_order(size: tuple[int, int, int], brick: tuple[int, int, int]) -> Tens
         bricks = max(1, round(length / side))
         number = place * bricks // max(1, length)
         first, end = -(-number * length // bricks), -(-(number + 1) * length // bricks)
-        within.append((place - first, end - first, 2 * side))
+        within.append((place - first, end - first, 2 * side))  # no brick is longer than that
         rank = rank * bricks + torch.where(rank % 2 == 1, bricks - 1 - number, number)
     walked = rank
     for place, lengths, longest in within:

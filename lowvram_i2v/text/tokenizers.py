@@ -80,9 +80,16 @@ class LlavaTokenizer:
     def encode(self, prompt: str) -> PromptTokens:
         """The template with `prompt` in it, at most `max_length` ids.
 
-        Handed on are the user's text and the closing piece's last token, not the closing tokens before it. If
-        the window is too short, the closing piece is cut first, and as many rows are left out at the window's
-        end as a closing piece would have taken: those of the user's text that stand there are lost.
+        Handed on are the user's text and the closing piece's last token, not the closing tokens before it:
+
+            prefix | text                     | end of turn, "assistant" | blank line |
+                     handed on                  left out                   handed on
+
+        The reference leaves out the four rows before the last blank line. Where the window cuts that off, it leaves out
+        the window's last four, which may be the user's:
+
+            prefix | text ........................................ |
+                     handed on                           left out
         """
         text, starts = _plain(self._tokenizer, USER_LEAD + prompt)
         text_end = len(self._prefix) + len(text)
