@@ -2,7 +2,7 @@
 
 A step is arithmetic and copying side by side. Arithmetic: attention and matrix products at the card's rate for 16-bit
 operands with float32 sums (8-bit products where the profile has them), times the share of it that libraries reach; and
-the elementwise chains, which read and write the tokens. Copying: the streamed bytes over the bus.
+the elementwise chains, which read and write the tokens. Copying: the streamed bytes over the bus, or from the disk.
 
 Rates are the makers' (dense, GeForce with full-precision sums), bus rates what page-locked copies reach, about 80 %.
 Measured here: an H100 only (docs/measurements.md). Everything else is a lead.
@@ -20,6 +20,8 @@ EIGHT_BIT_ATTENTION = 1 / 1.4
 """Time of 8-bit attention to torch's own. Measured on an H200; GeForce should gain more."""
 SPARSE_OVERHEAD = 1.2
 """Of choosing blocks, on top of the share of blocks that is seen. Measured on an H200 at a fifth of the blocks."""
+DISK = 1.8
+"""GB/s of blocks that are read from the file. Measured on one machine's disk, around the page cache."""
 PASSES = 30
 """Reads and writes of all tokens by a block's elementwise chains in plain torch."""
 
@@ -77,10 +79,14 @@ def attention_time(backend: str, density: float, after: float) -> float:
     return EIGHT_BIT_ATTENTION if backend == "triton-int8" else 1.0
 
 
-def step_seconds(card: Card, work: Work, streamed: int, eight_bit: bool, attention: float = 1.0) -> float:
-    """Estimated seconds of a pass. streamed: bytes copied to the card in it; attention: from `attention_time`."""
+def step_seconds(
+    card: Card, work: Work, streamed: int, eight_bit: bool, attention: float = 1.0, *, from_file: bool = False
+) -> float:
+    """Estimated seconds of a pass. streamed: bytes copied to the card in it, from RAM or from the file; attention: from
+    `attention_time`."""
     products = card.int8 if eight_bit else card.half
     attending = attention * work.attention / (card.half * ATTENTION_SHARE)
     arithmetic = attending + work.products / (products * PRODUCT_SHARE)
     elementwise = PASSES * work.tokens / (card.bandwidth * 1e9)
-    return max(arithmetic / 1e12 + elementwise, streamed / (card.bus * 1e9))
+    rate = min(card.bus, DISK) if from_file else card.bus
+    return max(arithmetic / 1e12 + elementwise, streamed / (rate * 1e9))

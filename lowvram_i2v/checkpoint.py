@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,6 +167,8 @@ def read_records(folder: Path) -> ModelRecords:
         return ModelRecords(values["variant"], components)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r:.200})", "Delete it and convert again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "Are you allowed to read it?") from error
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class ModelHeader:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """An open model folder: four headers in memory, the weights on disk."""
+    """An open model folder: headers in memory, the weights on disk. files: of the components that were opened."""
 
     path: Path
     header: ModelHeader
@@ -356,8 +358,11 @@ def raise_listed(what: str, faults: list[str], remedy: str) -> None:
     raise CheckpointError(f"{what}:\n{shown}{more}", remedy)
 
 
-def open_model(folder: Path) -> ModelFolder:
-    """Opens what `convert` wrote. Raises one CheckpointError that lists all that is missing or truncated."""
+def open_model(folder: Path, components: Sequence[str] = COMPONENTS) -> ModelFolder:
+    """Opens what `convert` wrote. Raises one CheckpointError that lists all that is missing or truncated.
+
+    components: whose files are opened and must be whole; `model.json` must know all.
+    """
     if not (folder / "model.json").is_file():
         raise CheckpointError(
             f"{folder} is not a model folder: it has no model.json",
@@ -367,17 +372,17 @@ def open_model(folder: Path) -> ModelFolder:
     missing = [f"{component}: not converted yet" for component in COMPONENTS if component not in records.components]
     missing += [
         f"{component_file(component)}: no such file"
-        for component in records.components
-        if not (folder / component_file(component)).is_file()
+        for component in components
+        if component in records.components and not (folder / component_file(component)).is_file()
     ]
     missing += [
         f"{name}/: neither tokenizer.json nor vocab.json and merges.txt"
         for component, name in TOKENIZERS.items()
-        if component in records.components and not has_tokenizer(folder / name)
+        if component in components and component in records.components and not has_tokenizer(folder / name)
     ]
     for component, record in records.components.items():
         path = folder / component_file(component)
-        if path.is_file() and path.stat().st_size != record.bytes:
+        if component in components and path.is_file() and path.stat().st_size != record.bytes:
             size = path.stat().st_size
             missing.append(f"{path.name}: {size} bytes, but {record.bytes} were written: a partial copy?")
     raise_listed(
@@ -386,7 +391,7 @@ def open_model(folder: Path) -> ModelFolder:
         "Run `lowvram-i2v convert` for these components, or copy the files again.",
     )
     header = ModelHeader.from_records(records)
-    files = {component: open_safetensors(folder / component_file(component)) for component in COMPONENTS}
+    files = {component: open_safetensors(folder / component_file(component)) for component in components}
     model = ModelFolder(folder, header, files)
     raise_listed(f"the components of {folder} do not fit each other", _misfits(model), "Convert matching weights.")
     return model
@@ -410,6 +415,8 @@ def _misfits(model: ModelFolder) -> list[str]:
     )
     faults = []
     for component, name, width in widths:
+        if component not in model.files:
+            continue
         shape = model.shapes(component).get(name, ())
         if shape[1:] != (width,):
             faults.append(f"{component}: {name} is {list(shape)}, but the transformer expects width {width}")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WIDE = (16, 9)
 """The picture that `--resolution` is planned for if no ratio is known."""
 SCHEMES = ("int8", "fp8", "nf4", "bf16")
+SCHEME, VARIANT = "int8", "token_replace"
+"""Of the released model, where nothing else is said."""
 
 
 def add_commands(commands: Any, size: Any) -> None:
@@ -31,8 +33,8 @@ def add_commands(commands: Any, size: Any) -> None:
     add = parser.add_argument
     add("--profile", metavar="NAME", default=DEFAULT_PROFILE, help="see `lowvram-i2v profiles` (default %(default)s)")
     add("--model", type=model_path, metavar="DIR", help="a model folder, or demo; without it the released model")
-    add("--scheme", choices=SCHEMES, default="int8", help="of the released model (default %(default)s)")
-    add("--variant", choices=VARIANTS, default="token_replace", help="of the released model (default %(default)s)")
+    add("--scheme", choices=SCHEMES, help=f"of the released model (default {SCHEME})")
+    add("--variant", choices=VARIANTS, help=f"of the released model (default {VARIANT})")
     sized = parser.add_mutually_exclusive_group()
     sized.add_argument(
         "--resolution", choices=RESOLUTIONS, default=default.resolution, help="16:9 in it (default %(default)s)"
@@ -41,8 +43,8 @@ def add_commands(commands: Any, size: Any) -> None:
     add("--frames", type=int, default=default.frames, metavar="N", help="4n+1 (default %(default)s)")
     add("--steps", type=int, default=default.steps, metavar="N", help="(default %(default)s)")
     add("--cfg", type=float, default=default.cfg, metavar="X", help="above 1 each step runs twice")
-    add("--vram", type=float, metavar="GIB", help="plan for a card with this much free, not for this machine's")
-    add("--ram", type=float, metavar="GIB", help="plan for this much free RAM, not for this machine's")
+    add("--vram", type=float, metavar="GIB", help="plan for a card with this much free, CUDA's part included")
+    add("--ram", type=float, metavar="GIB", help="plan for this much free RAM, before the program starts")
     add("--max-frames", action="store_true", help="only say how many frames fit at this size")
     add("--max-size", action="store_true", help="only say which size of this ratio fits with these frames")
     profiles = commands.add_parser("profiles", help="list the profiles")
@@ -59,7 +61,7 @@ def _plan(options: argparse.Namespace) -> int:
     from lowvram_i2v.plan import GIB, fits, largest_size, limit_of, make_plan, most_frames
 
     profile, video, sizes = load_profile(options.profile), _video(options), _sizes(options)
-    machine = _machine(options)
+    machine = _machine(options, profile)
     limit = limit_of(profile, machine)
     if limit is None:
         raise RequestError(
@@ -96,19 +98,22 @@ def estimates(plan: MemoryPlan, older: MemoryPlan | None, sizes: ModelSizes, vid
 
     older: the plan for cards without 8-bit floats, None where it does not fit.
     """
-    from lowvram_i2v.cards import CARDS, Work, attention_time, step_seconds
+    from lowvram_i2v.cards import CARDS, DISK, Work, attention_time, step_seconds
     from lowvram_i2v.plan import tokens
     from lowvram_i2v.sizes import ELEMENT
 
     work, passes = Work.of(sizes.transformer, *tokens(sizes, video), ELEMENT), 2 if video.cfg else 1
     eight_bit = profile.compute == "w8a8" and sizes.scheme == "int8"
     attention = attention_time(profile.attention, profile.sparse_density, profile.sparse_after)
-    lines = ["estimated, not measured, from published rates (denoising only):"]
+    reads = any(own is not None and own.host == "mapped" and own.streamed for own in (plan, older))
+    disk = f" and a disk that gives {DISK:.1f} GB/s of blocks" if reads else ""
+    lines = [f"estimated, not measured, from published rates{disk} (denoising only):"]
     for card in CARDS:
         own = plan if card.float8 else older
         if own is None or card.vram_gib < (max(phase.vram for phase in own.phases) + own.reserve) / 2**30:
             continue
-        step = passes * step_seconds(card, work, own.streamed, eight_bit, attention)
+        one = step_seconds(card, work, own.streamed, eight_bit, attention, from_file=own.host == "mapped")
+        step = passes * one
         lines.append(f"  {card.name:14} {step:6.1f} s a step, {video.steps * step / 60:5.1f} min for {video.steps}")
     return "\n".join(lines)
 
@@ -137,17 +142,27 @@ def _sizes(options: argparse.Namespace) -> ModelSizes:
     from lowvram_i2v.sizes import sizes_of
     from lowvram_i2v.synth.headers import model_headers
 
-    if options.model is not None:
-        return sizes_of(open_model(options.model))
-    return sizes_of(model_headers("full", VARIANTS[options.variant], options.scheme))
+    if options.model is None:
+        return sizes_of(model_headers("full", VARIANTS[options.variant or VARIANT], options.scheme or SCHEME))
+    model = open_model(options.model)
+    header, flags = model.header, (("--scheme", options.scheme), ("--variant", options.variant))
+    if given := " and ".join(f"{flag} {value}" for flag, value in flags if value is not None):
+        raise RequestError(
+            f"{given} beside --model: {options.model} holds {header.variant.name} weights, stored as {header.scheme}",
+            "Leave out --model to plan for the released model, or leave out the others.",
+        )
+    return sizes_of(model)
 
 
-def _machine(options: argparse.Namespace) -> Machine:
+def _machine(options: argparse.Namespace, profile: VramProfile) -> Machine:
+    """What --vram and --ram leave: CUDA takes its part of the one, the program that would run its part of the other."""
     from lowvram_i2v.host_memory import available_ram
-    from lowvram_i2v.plan import GIB, Machine
+    from lowvram_i2v.plan import GIB, PROCESS_RAM, Machine
 
     for flag, value in (("--vram", options.vram), ("--ram", options.ram)):
         if value is not None and not 0 < value < 2**20:
             raise RequestError(f"{flag} is {value:g}.", "Give GiB, such as 7.5.")
-    ram = available_ram() if options.ram is None else int(options.ram * GIB)
-    return Machine(None if options.vram is None else int(options.vram * GIB), ram)
+    ram = available_ram() if options.ram is None else int(options.ram * GIB) - PROCESS_RAM
+    if options.vram is None:
+        return Machine(None, ram)
+    return Machine(max(0, int((options.vram - profile.reserve_gib) * GIB)), ram)

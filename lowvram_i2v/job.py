@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lowvram_i2v import attention
 from lowvram_i2v.attention import choice
@@ -21,10 +22,10 @@ from lowvram_i2v.host_memory import available_ram
 from lowvram_i2v.image import fit_image, read_image
 from lowvram_i2v.kernels.compute import refusal
 from lowvram_i2v.latents_file import LatentsFile, latents_path
-from lowvram_i2v.plan import Machine, MemoryPlan, Video, make_plan
+from lowvram_i2v.plan import DecodePlan, Machine, MemoryPlan, Video, make_plan, plan_decode
 from lowvram_i2v.profile import VramProfile
 from lowvram_i2v.request import GenerateRequest
-from lowvram_i2v.sizes import ModelSizes, sizes_of
+from lowvram_i2v.sizes import sizes_of
 from lowvram_i2v.video import check_output
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from lowvram_i2v.vae.preview import TinyDecoder
 
 DEFAULT_GUIDANCE = 6.0
+
+P = TypeVar("P", bound=DecodePlan)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class VideoJob:
     model: ModelFolder
     profile: VramProfile
     device: torch.device
-    plan: MemoryPlan
+    plan: DecodePlan
     listen: Listener
 
     @property
@@ -96,6 +99,7 @@ class Job(VideoJob):
     preview_decoder: on the CPU; None for previews by a matrix.
     """
 
+    plan: MemoryPlan
     attend: AttentionBackend
     picture: Image
     first_frame: Image
@@ -134,7 +138,7 @@ def prepare(
         model=model,
         profile=profile,
         device=device,
-        plan=_plan(request, sizes, profile, device, listen),
+        plan=_plan(partial(make_plan, sizes), request, profile, device, listen),
         attend=attention.get(profile.attention),
         picture=picture,
         first_frame=fitted.image,
@@ -159,8 +163,8 @@ def prepare(
 def prepare_decode(
     latents: LatentsFile, folder: Path, profile: VramProfile, device: torch.device, output: Path, listen: Listener
 ) -> VideoJob:
-    """The same for latents that are finished: checks them, the model folder, the output and the memory."""
-    request, model = latents.request(output), open_model(folder)
+    """The same for latents that are finished: checks them, the VAE of the model folder, the output and the memory."""
+    request, model = latents.request(output), open_model(folder, ("vae",))
     assert request.size is not None
     channels = model.header.vae.latent_channels
     if latents.variant != model.header.variant or latents.shape[0] != channels:
@@ -169,7 +173,7 @@ def prepare_decode(
             f"{channels} of {model.header.variant.name}",
             "Name the model folder that the latents were made with.",
         )
-    plan = _plan(request, sizes_of(model), profile, device, listen)
+    plan = _plan(partial(plan_decode, model.header.vae), request, profile, device, listen)
     job = VideoJob(request, model, profile, device, plan, listen)
     check_output(request.output, *request.size, job.output_frames)
     _check_tensors(model)
@@ -216,16 +220,20 @@ def _attending(profile: VramProfile, head_dim: int, device: torch.device, listen
 
 
 def _plan(
-    request: GenerateRequest, sizes: ModelSizes, profile: VramProfile, device: torch.device, listen: Listener
-) -> MemoryPlan:
-    """The plan for what is free now. On the CPU no video memory is planned and nothing has to fit."""
+    make: Callable[[Video, VramProfile, Machine], P],
+    request: GenerateRequest,
+    profile: VramProfile,
+    device: torch.device,
+    listen: Listener,
+) -> P:
+    """The plan that `make` has for what is free now. On the CPU no video memory is planned and nothing has to fit."""
     assert request.size is not None
     on_gpu = device.type == "cuda"
     if not on_gpu:
         profile = replace(profile, vram_gib=0.0)
     machine = Machine(free_vram(device), available_ram() if on_gpu else None, multiplies_float8(device))
     video = Video(*request.size, request.frames, request.steps, request.cfg > 1)
-    plan = make_plan(sizes, video, profile, machine)
+    plan = make(video, profile, machine)
     if on_gpu:
         listen(Planned(plan.table(), {phase.name: phase.vram for phase in plan.phases}, plan.limit))
     return plan
@@ -268,7 +276,7 @@ def _guidance_scale(request: GenerateRequest, model: ModelFolder) -> float | Non
 
 
 def _check_tensors(model: ModelFolder) -> None:
-    """All components' tensor names and shapes against what their modules would load."""
+    """The opened components' tensor names and shapes against what their modules would load."""
     from torch.nn import Module
 
     from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
@@ -291,6 +299,8 @@ def _check_tensors(model: ModelFolder) -> None:
     )
     expected: dict[str, dict[str, tuple[int, ...]]] = {}
     for component, build, file_name in modules:
+        if component not in model.files:
+            continue
         state = model.build(component, build, file_name).state_dict()
         expected.setdefault(component, {}).update({file_name(key): tuple(value.shape) for key, value in state.items()})
     # layers of the text encoder that are stored but never run are no fault

@@ -11,6 +11,7 @@ is what torch's allocator reserves at most, within 5 %.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from lowvram_i2v.attention.memory import extra_bytes, gap_bytes, order_bytes
 from lowvram_i2v.dit.conditioning import conditioning_bytes, step_bytes
 from lowvram_i2v.dit.workspace import Chunking, activation_bytes
 from lowvram_i2v.errors import ResourceError
-from lowvram_i2v.profile import VramProfile
+from lowvram_i2v.profile import DECODE_POLICIES, VramProfile
 from lowvram_i2v.request import MAX_FRAMES, MAX_SIDE, MIN_FRAMES, SIZE_STEP
 from lowvram_i2v.sizes import ELEMENT, ModelSizes
 from lowvram_i2v.streaming.block_stream import streamed_places
@@ -49,13 +50,16 @@ FRAGMENTS = 1.12
 """Reserved to allocated bytes where tensors of many sizes come and go, in the image encoder. Measured: 1.10 to 1.14."""
 DECODE_AT_MOST = 16 * GIB
 """More does not make the decoder faster."""
+DECODE_STEPS = range(64 * MIB, 64 * GIB, 64 * MIB)
+"""What is tried to find the least memory that decoding needs."""
 PROCESS_RAM = 7 * GIB // 5
 """The program itself: Python, torch, CUDA's libraries."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: None if unknown.
+    """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: beside the program, which
+    runs already; None if unknown.
     float8: whether the card multiplies 8-bit floats (RTX 40 and later); others keep V in 16 bits."""
 
     vram: int | None
@@ -87,23 +91,16 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """What a run does with its memory.
+class DecodePlan:
+    """What decoding does with its memory.
 
-    limit: what the allocator may reserve in bytes, None for no limit. resident: how many of the blocks stay on the
-    device. streamed: bytes that are copied to it in each pass. host: where these wait, "pinned" or "mapped". decoding:
-    the memory that the decoder cuts its work for.
+    limit: what the allocator may reserve in bytes, None for no limit. reserve: what CUDA takes beside it. decoding: the
+    memory that the decoder cuts its work for.
     """
 
     limit: int | None
     reserve: int
     phases: tuple[PhasePlan, ...]
-    resident: int
-    blocks: int
-    slots: int
-    streamed: int
-    host: str
-    chunking: Chunking
     decoding: DecodeChunking
 
     def vram(self, phase: str) -> int:
@@ -111,13 +108,34 @@ class MemoryPlan:
         return next(entry.vram for entry in self.phases if entry.name == phase)
 
     def table(self) -> str:
-        """A row for each phase, and what was chosen."""
+        """A row for each phase, and the budget."""
         lines = [f"{'phase':14}{'VRAM':>10}{'RAM':>10}"]
         lines += [f"{p.name:14}{p.vram / GIB:6.2f} GiB{p.ram / GIB:6.1f} GiB" for p in self.phases]
         if self.limit is not None:
             lines.append(
                 f"budget        {self.limit / GIB:6.2f} GiB beside {self.reserve / GIB:.2f} GiB for CUDA itself"
             )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MemoryPlan(DecodePlan):
+    """What a whole run does with its memory.
+
+    resident: how many of the blocks stay on the device. streamed: bytes that are copied to it in each pass. host: where
+    these wait, "pinned" or "mapped".
+    """
+
+    resident: int
+    blocks: int
+    slots: int
+    streamed: int
+    host: str
+    chunking: Chunking
+
+    def table(self) -> str:
+        """A row for each phase, and what was chosen."""
+        lines = [super().table()]
         where = "RAM" if self.host == "pinned" else "the file"
         streaming = f"{self.streamed / 1e9:.2f} GB a pass from {where} through {self.slots} slots"
         lines.append(
@@ -131,8 +149,27 @@ def make_plan(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Ma
     """The plan of a run. Raises ResourceError if a phase cannot fit."""
     plan = _best(sizes, video, profile, machine)
     if plan is None:
-        raise _refused(sizes, video, profile, machine)
-    return plan if machine.ram is None else _within_ram(sizes, profile, plan, machine.ram)
+        raise _out_of_vram(sizes, video, profile, machine)
+    worst = max(plan.phases, key=lambda phase: phase.ram)
+    if not _in_ram(worst, machine):
+        raise ResourceError(_ram_missing(worst, video, machine), _way_out(sizes, video, profile, machine))
+    return plan
+
+
+def plan_decode(vae: VaeConfig, video: Video, profile: VramProfile, machine: Machine) -> DecodePlan:
+    """The plan of decoding finished latents, which asks for nothing but the VAE. Raises ResourceError if that cannot
+    fit."""
+    if not _decodes(vae, video, profile, machine):
+        raise _decoding_refused(vae, video, profile, machine)
+    limit = limit_of(profile, machine)
+    phase = _decode_phase(vae, video, profile, limit)
+    return DecodePlan(limit, int(profile.reserve_gib * GIB), (phase,), decoding_of(limit))
+
+
+def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, machine: Machine) -> bool:
+    """Whether `make_plan` has a plan for this video."""
+    plan = _best(sizes, video, profile, machine)
+    return plan is not None and all(_in_ram(phase, machine) for phase in plan.phases)
 
 
 def limit_of(profile: VramProfile, machine: Machine) -> int | None:
@@ -184,8 +221,10 @@ def _plan(
     resident: int,
     others: dict[str, PhasePlan],
 ) -> MemoryPlan:
-    places = streamed_places(len(sizes.slabs), resident, profile.slots)
-    host = "pinned" if profile.host == "auto" else profile.host
+    places, host = streamed_places(len(sizes.slabs), resident, profile.slots), profile.host
+    if host == "auto":
+        fitting = machine.ram is None or host_bytes(sizes.slabs, places, "pinned") <= machine.ram
+        host = "pinned" if fitting else "mapped"
     denoise = PhasePlan(
         "denoise",
         _denoise_bytes(sizes, video, profile, machine, chunking, resident),
@@ -251,7 +290,7 @@ def _attention_bytes(
 ) -> int:
     """What one attention call takes beside its result."""
     config, (image, text) = sizes.transformer, tokens(sizes, video)
-    work = image // latent_frames(sizes, video), image, text, chunking.heads, config.head_dim
+    work = image // latent_frames(sizes.vae, video), image, text, chunking.heads, config.head_dim
     density, value = profile.sparse_density, 1 if machine.float8 else 2
     taken = extra_bytes(profile.attention, *work, density=density, value=value)
     return taken + (gap_bytes(*work, density=density) if profile.attention == "triton-sparse" else 0)
@@ -268,14 +307,14 @@ def _input_bytes(sizes: ModelSizes, video: Video) -> int:
     return latents + further + guided + rope + step_bytes(config, text, ELEMENT)
 
 
-def latent_frames(sizes: ModelSizes, video: Video) -> int:
+def latent_frames(vae: VaeConfig, video: Video) -> int:
     """Frames of the latents: the first, and one for each four that follow it."""
-    return (video.frames - 1) // sizes.vae.time_ratio + 1
+    return (video.frames - 1) // vae.time_ratio + 1
 
 
 def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
     """Image tokens of the video, and text tokens of the longest prompt."""
-    frames = latent_frames(sizes, video)
+    frames = latent_frames(sizes.vae, video)
     side = sizes.vae.spatial_ratio * sizes.transformer.patch_size[1]
     image = frames * (video.height // side) * (video.width // side)
     return image, longest_prompt(sizes.text_encoder, sizes.variant.image_row_stride)
@@ -283,12 +322,8 @@ def tokens(sizes: ModelSizes, video: Video) -> tuple[int, int]:
 
 def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: int | None) -> dict[str, PhasePlan]:
     """All phases but the loop: nothing in them depends on resident blocks or chunks of it."""
-    frames = latent_frames(sizes, video)
-    ratio = sizes.vae.spatial_ratio
-    latent = Shape(frames, video.height // ratio, video.width // ratio)
     text = tokens(sizes, video)[1]
     text_vram, text_ram = sizes.text_phase
-    decode_vram, decode_ram = _decode_bytes(sizes.vae, latent, profile.decode, decoding_of(limit))
     conditioning = conditioning_bytes(
         sizes.transformer, video.steps, text, video.cfg, max(sizes.modulation), ELEMENT, sizes.scheme
     )
@@ -299,7 +334,7 @@ def _other_phases(sizes: ModelSizes, video: Video, profile: VramProfile, limit: 
         PhasePlan("pooled text", LIBRARIES + sizes.clip, PROCESS_RAM),
         PhasePlan("image", LIBRARIES + _encode_bytes(sizes.vae, video), PROCESS_RAM),
         PhasePlan("conditioning", LIBRARIES + sizes.before + conditioning, PROCESS_RAM + hoisted + ring),
-        PhasePlan("decode", DECODE_LIBRARIES + decode_vram, PROCESS_RAM + decode_ram),
+        _decode_phase(sizes.vae, video, profile, limit),
     )
     return {phase.name: phase for phase in phases}
 
@@ -310,38 +345,73 @@ def _encode_bytes(vae: VaeConfig, video: Video) -> int:
     return int(FRAGMENTS * (encode_bytes(vae, video.width, video.height, ELEMENT) + copies))
 
 
-def _decode_bytes(vae: VaeConfig, latent: Shape, policy: str, chunking: DecodeChunking) -> tuple[int, int]:
-    """Video memory and RAM of decoding. Where no chunk is small enough: what there is and a little more."""
+def _decode_phase(vae: VaeConfig, video: Video, profile: VramProfile, limit: int | None) -> PhasePlan:
+    """Where no chunk is small enough: what there is and a little more."""
+    chunking = decoding_of(limit)
+    vram, ram = _decode_bytes(vae, video, profile, chunking) or (chunking.device_bytes + LIBRARIES, 0)
+    return PhasePlan("decode", DECODE_LIBRARIES + vram, PROCESS_RAM + ram)
+
+
+def _decode_bytes(
+    vae: VaeConfig, video: Video, profile: VramProfile, chunking: DecodeChunking
+) -> tuple[int, int] | None:
+    """Video memory and RAM of decoding; None where no chunk is small enough."""
+    ratio = vae.spatial_ratio
+    latent = Shape(latent_frames(vae, video), video.height // ratio, video.width // ratio)
+    arguments = vae, latent, policy_of(profile.decode), chunking, ELEMENT
     try:
-        arguments = vae, latent, policy_of(policy), chunking, ELEMENT
         return decode_bytes(*arguments), decode_ram_bytes(*arguments, waiting=AHEAD)
     except ResourceError:
-        return chunking.device_bytes + LIBRARIES, 0
+        return None
 
 
-def _within_ram(sizes: ModelSizes, profile: VramProfile, plan: MemoryPlan, ram: int) -> MemoryPlan:
-    """The plan, with blocks read from the file where RAM cannot hold them. Raises ResourceError if that is forbidden or
-    does not help."""
-    have = ram + PROCESS_RAM  # the process is running already
-    worst = max(plan.phases, key=lambda phase: phase.ram)
-    if worst.ram <= have:
-        return plan
-    if worst.name == "denoise" and profile.host == "auto" and plan.host == "pinned":
-        places = streamed_places(plan.blocks, plan.resident, profile.slots)
-        ring = PROCESS_RAM + host_bytes(sizes.slabs, places, "mapped")
-        phases = tuple(replace(phase, ram=ring) if phase is worst else phase for phase in plan.phases)
-        return _within_ram(sizes, profile, replace(plan, phases=phases, host="mapped"), ram)
-    remedy = 'host = "mapped" in the profile reads blocks from the disk' if plan.host == "pinned" else "close programs"
-    if worst.name == "decode":
-        remedy = "a smaller video" if profile.decode == "reference" else 'decode = "reference" keeps less of the video'
-    raise ResourceError(
-        f"{worst.name} needs {worst.ram / GIB:.2f} GiB of RAM, the program's own {PROCESS_RAM / GIB:.2f} included, and "
-        f"{ram / GIB:.2f} GiB are free",
-        f"A way out: {remedy}.",
+def _decodes(vae: VaeConfig, video: Video, profile: VramProfile, machine: Machine) -> bool:
+    """Whether finished latents can be decoded."""
+    limit = limit_of(profile, machine)
+    phase = _decode_phase(vae, video, profile, limit)
+    return (limit is None or phase.vram <= limit) and _in_ram(phase, machine)
+
+
+def _decoding_refused(vae: VaeConfig, video: Video, profile: VramProfile, machine: Machine) -> ResourceError:
+    """What is missing, and what could be decoded: these latents in another way, not another video."""
+    limit = limit_of(profile, machine)
+    changes = {f"--policy {policy}": replace(profile, decode=policy) for policy in DECODE_POLICIES}
+    changes["--profile auto, which takes all that is free"] = replace(profile, vram_gib=0.0)
+    ways = [words for words, changed in changes.items() if _decodes(vae, video, changed, machine)]
+    fitting = f"What fits: {', or '.join(ways)}."
+    phase = _decode_phase(vae, video, profile, limit)
+    if limit is None or phase.vram <= limit:
+        return ResourceError(_ram_missing(phase, video, machine), fitting if ways else "Close other programs.")
+    least = bisect_left(
+        DECODE_STEPS, True, key=lambda n: _decode_bytes(vae, video, profile, DecodeChunking(n)) is not None
+    )
+    need = DECODE_LIBRARIES + DECODE_STEPS[min(least, len(DECODE_STEPS) - 1)]
+    return ResourceError(
+        _vram_missing("decode", need, video, profile, limit),
+        fitting if ways else "Close programs that use the card, or decode without it: --device cpu.",
     )
 
 
-def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> ResourceError:
+def _in_ram(phase: PhasePlan, machine: Machine) -> bool:
+    return machine.ram is None or phase.ram <= machine.ram + PROCESS_RAM
+
+
+def _ram_missing(phase: PhasePlan, video: Video, machine: Machine) -> str:
+    assert machine.ram is not None
+    return (
+        f"{video}: {phase.name} needs {phase.ram / GIB:.2f} GiB of RAM, the program's own {PROCESS_RAM / GIB:.2f} GiB "
+        f"included, and can have {(machine.ram + PROCESS_RAM) / GIB:.2f} GiB"
+    )
+
+
+def _vram_missing(phase: str, need: int, video: Video, profile: VramProfile, limit: int) -> str:
+    return (
+        f"{video}: {phase} needs {need / GIB:.2f} GiB of video memory, and profile {profile.name} has "
+        f"{limit / GIB:.2f} GiB beside what CUDA takes"
+    )
+
+
+def _out_of_vram(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> ResourceError:
     """What does not fit, what it needs at least, what there is, and the nearest video that fits."""
     limit = limit_of(profile, machine)
     assert limit is not None
@@ -349,33 +419,44 @@ def _refused(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Mac
     smallest = chunkings(sizes.transformer.heads)[-1]
     phases.append(PhasePlan("denoise", _denoise_bytes(sizes, video, profile, machine, smallest, 0) + MARGIN, 0))
     worst = max(phases, key=lambda phase: phase.vram)
-    fitting = partial(fits, sizes, profile=profile, machine=machine)
-    frames, size = most_frames(video, fitting), largest_size(video, fitting)
-    nearest = [f"--frames {frames} at this size"] if frames else []
-    nearest += [f"--size {size[0]}x{size[1]} with {video.frames} frames"] if size else []
     return ResourceError(
-        f"{video}: {worst.name} needs {worst.vram / GIB:.2f} GiB of video memory, and profile {profile.name} has "
-        f"{limit / GIB:.2f} GiB beside what CUDA takes",
-        f"What fits: {', or '.join(nearest)}." if nearest else "Nothing fits there: the model's own weights do not.",
+        _vram_missing(worst.name, worst.vram, video, profile, limit), _way_out(sizes, video, profile, machine)
     )
 
 
-def fits(sizes: ModelSizes, video: Video, *, profile: VramProfile, machine: Machine) -> bool:
-    """Whether some plan for this video stays below the limit."""
-    limit = limit_of(profile, machine)
-    if limit is None:
-        return True
-    smallest = chunkings(sizes.transformer.heads)[-1]
-    resident = max(profile.resident_blocks, 0)
-    return _denoise_bytes(sizes, video, profile, machine, smallest, resident) + MARGIN <= limit and all(
-        phase.vram <= limit for phase in _other_phases(sizes, video, profile, limit).values()
-    )
+def _way_out(sizes: ModelSizes, video: Video, profile: VramProfile, machine: Machine) -> str:
+    """The nearest that fits: each way changes one thing of the profile or the video."""
+    changes = {
+        'host = "auto" in the profile, which reads blocks from the file': replace(profile, host="auto"),
+        'decode = "reference" in the profile, which keeps less of the video': replace(profile, decode="reference"),
+    }
+    ways = [words for words, changed in changes.items() if fits(sizes, video, profile=changed, machine=machine)]
+    fitting = partial(fits, sizes, profile=profile, machine=machine)
+    if frames := most_frames(video, fitting):
+        ways.append(f"--frames {frames} at this size")
+    if size := largest_size(video, fitting):
+        ways.append(f"--size {size[0]}x{size[1]} with {video.frames} frames")
+    if steps := most_steps(video, fitting):
+        ways.append(f"--steps {steps}")
+    if ways:
+        return f"What fits: {', or '.join(ways)}."
+    smallest = replace(video, width=SIZE_STEP, height=SIZE_STEP, frames=MIN_FRAMES, steps=1)
+    if fitting(smallest):
+        return "A smaller size, fewer frames or fewer steps alone do not fit; together they do."
+    if fits(sizes, smallest, profile=profile, machine=replace(machine, ram=None)):
+        return "Nothing fits there: the RAM is too little for any video. Close other programs."
+    return "Nothing fits there: the model's own weights do not."
 
 
 def most_frames(video: Video, fitting: Callable[[Video], bool]) -> int | None:
     """The largest number of frames, 4n + 1, that fits at the video's size; None if none does."""
     counts = range(MIN_FRAMES, MAX_FRAMES + 1, 4)
     return _last(counts, lambda frames: fitting(replace(video, frames=frames)))
+
+
+def most_steps(video: Video, fitting: Callable[[Video], bool]) -> int | None:
+    """The largest number of steps, up to the video's, that fits; None if none does."""
+    return _last(range(1, video.steps + 1), lambda steps: fitting(replace(video, steps=steps)))
 
 
 def largest_size(video: Video, fitting: Callable[[Video], bool]) -> tuple[int, int] | None:

@@ -14,7 +14,19 @@ from tiny_models import released_once as released_once
 
 from lowvram_i2v.checkpoint import open_model
 from lowvram_i2v.errors import ResourceError
-from lowvram_i2v.plan import GIB, Machine, Video, chunkings, fits, largest_size, limit_of, make_plan, most_frames
+from lowvram_i2v.plan import (
+    GIB,
+    Machine,
+    Video,
+    chunkings,
+    fits,
+    largest_size,
+    limit_of,
+    make_plan,
+    most_frames,
+    most_steps,
+    plan_decode,
+)
 from lowvram_i2v.profile import VramProfile, load_profile, profile_names
 from lowvram_i2v.sizes import ModelSizes, sizes_of
 from lowvram_i2v.synth.headers import model_headers
@@ -126,6 +138,96 @@ def test_little_ram_moves_blocks_to_the_file_and_less_is_refused() -> None:
         make_plan(released(), video, profile, Machine(None, ram=GIB // 2))
     with pytest.raises(ResourceError, match="GiB of RAM"):
         make_plan(released(), video, replace(profile, host="pinned"), Machine(None, ram=6 * GIB))
+
+
+@pytest.mark.parametrize("gib", [2.5, 3.0, 3.5])
+def test_latents_are_decoded_where_no_video_can_be_made(gib: float) -> None:
+    video, profile, machine = Video(1280, 720, 129), load_profile("auto"), Machine(int(gib * GIB), 64 * GIB)
+    with pytest.raises(ResourceError, match="denoise needs"):
+        make_plan(released(), video, profile, machine)
+    plan = plan_decode(released().vae, video, profile, machine)
+    assert [phase.name for phase in plan.phases] == ["decode"]
+    assert plan.vram("decode") <= machine.vram == plan.limit
+    assert [line.split()[0] for line in plan.table().splitlines()] == ["phase", "decode", "budget"]
+
+
+def test_decoding_asks_for_no_ram_of_blocks_and_is_planned_as_in_a_run() -> None:
+    video, profile = Video(1280, 720, 129), replace(load_profile("6gb"), host="pinned")
+    with pytest.raises(ResourceError, match=r"denoise needs .* of RAM"):
+        make_plan(released(), video, profile, Machine(None, 4 * GIB))
+    alone = plan_decode(released().vae, video, profile, Machine(None, 4 * GIB))
+    whole = make_plan(released(), video, profile, NOWHERE)
+    assert alone.phases == whole.phases[-1:]
+    assert (alone.decoding, alone.limit, alone.reserve) == (whole.decoding, whole.limit, whole.reserve)
+
+
+@pytest.mark.parametrize(
+    ("decode", "vram_gib", "free", "ram", "needs", "remedy"),
+    [
+        ("seamless", 0.0, 1.5, 64, "of video memory", "--policy reference."),
+        ("seamless", 0.0, 3.0, 4, "of RAM", "--policy reference."),
+        ("reference", 1.2, 5.0, 64, "of video memory", "--profile auto, which takes all that is free."),
+        ("reference", 0.0, 0.5, 64, "of video memory", "Close programs that use the card"),
+        ("reference", 0.0, 5.0, 0.1, "of RAM", "Close other programs."),
+    ],
+)
+def test_decoding_that_is_refused_is_offered_what_decodes_these_latents(
+    decode: str, vram_gib: float, free: float, ram: float, needs: str, remedy: str
+) -> None:
+    profile = replace(load_profile("auto"), decode=decode, vram_gib=vram_gib)
+    machine = Machine(int(free * GIB), int(ram * GIB))
+    with pytest.raises(ResourceError, match=rf"decode needs \d+\.\d\d GiB {needs}") as refused:
+        plan_decode(released().vae, Video(1280, 720, 129), profile, machine)
+    assert remedy in refused.value.remedy
+    assert "--frames" not in refused.value.remedy
+
+
+def test_the_least_that_decoding_needs_is_said_and_is_enough() -> None:
+    video, profile = Video(1280, 720, 129), load_profile("auto")
+    with pytest.raises(ResourceError) as refused:
+        plan_decode(released().vae, video, profile, Machine(GIB // 2, None))
+    need = int(float(refused.value.what.partition("needs ")[2].split()[0]) * GIB)
+    plan_decode(released().vae, video, profile, Machine(need + GIB // 50, None))
+    with pytest.raises(ResourceError):
+        plan_decode(released().vae, video, profile, Machine(need - GIB // 10, None))
+
+
+@pytest.mark.parametrize("gib", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("changed", [{"decode": "seamless"}, {"host": "pinned"}, {"resident_blocks": 60}])
+def test_what_fits_is_what_is_planned_in_ram_too(changed: dict[str, str | int], gib: int) -> None:
+    profile, video = replace(load_profile("6gb"), **changed), Video(1280, 720, 129)  # type: ignore[arg-type]
+    machine = Machine(None, gib * GIB)
+    if fits(released(), video, profile=profile, machine=machine):
+        make_plan(released(), video, profile, machine)
+        return
+    with pytest.raises(ResourceError) as refused:
+        make_plan(released(), video, profile, machine)
+    assert "What fits: " in refused.value.remedy or "the RAM is too little" in refused.value.remedy
+
+
+def test_fewer_resident_blocks_than_asked_for_fit_too() -> None:
+    profile, video = replace(load_profile("6gb"), resident_blocks=60), Video(1280, 720, 129)
+    assert 0 < make_plan(released(), video, profile, NOWHERE).resident < 60
+    assert fits(released(), video, profile=profile, machine=NOWHERE)
+
+
+def test_too_many_steps_are_told_how_many_fit() -> None:
+    profile, video = load_profile("6gb"), Video(512, 512, 33, steps=1000)
+    with pytest.raises(ResourceError, match="conditioning needs") as refused:
+        make_plan(released(), video, profile, NOWHERE)
+    steps = most_steps(video, partial(fits, released(), profile=profile, machine=NOWHERE))
+    assert steps is not None
+    assert refused.value.remedy == f"What fits: --steps {steps}."
+    make_plan(released(), replace(video, steps=steps), profile, NOWHERE)
+    with pytest.raises(ResourceError):
+        make_plan(released(), replace(video, steps=steps + 1), profile, NOWHERE)
+
+
+def test_what_no_single_change_cures_is_not_blamed_on_the_weights() -> None:
+    with pytest.raises(ResourceError, match="together they do"):
+        make_plan(released(), Video(4096, 4096, 1025, steps=1000), load_profile("6gb"), NOWHERE)
+    with pytest.raises(ResourceError, match="own weights do not"):
+        make_plan(released(), Video(512, 512, 33), sized(1.0), NOWHERE)
 
 
 def test_the_pinned_tier_holds_the_transformer_without_waste() -> None:

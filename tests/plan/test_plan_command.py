@@ -80,7 +80,46 @@ def test_refusals_say_what_to_do(
 
 def test_free_memory_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--vram", "20", "--ram", "64", "--size", "512x512"]) == 0
-    assert "20.00 GiB" in capsys.readouterr().out
+    assert "budget         19.20 GiB beside 0.80 GiB" in capsys.readouterr().out
+
+
+def test_what_is_free_holds_cudas_part_and_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """RAM is compared with all that the program takes: a little less than it asks for is refused."""
+    assert main(["plan", "--profile", "8gb", "--vram", "6", "--size", "512x512"]) == 0
+    assert "budget          5.20 GiB beside 0.80 GiB" in capsys.readouterr().out
+    assert main(["plan", "--profile", "6gb", "--ram", "2"]) == 1
+    said = capsys.readouterr().err
+    found = re.search(r"needs (\d\.\d\d) GiB of RAM.* can have 2\.00 GiB", said)
+    assert found is not None
+    assert main(["plan", "--profile", "6gb", "--ram", f"{float(found[1]) - 0.02:.2f}"]) == 1
+
+
+def test_blocks_from_the_file_come_at_the_disks_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(ram: str) -> tuple[str, float]:
+        video = ["--scheme", "bf16", "--size", "512x512", "--frames", "5"]
+        assert main(["plan", "--profile", "6gb", *video, "--ram", ram]) == 0
+        header, _, cards = capsys.readouterr().out.partition("estimated")[2].partition("\n")
+        found = re.search(r"RTX 4090 +(\d+\.\d) s", cards)
+        assert found is not None
+        return header, float(found[1])
+
+    (from_ram, soon), (from_file, late) = shown("64"), shown("4")
+    assert late > soon
+    assert "1.8 GB/s" in from_file
+    assert "1.8 GB/s" not in from_ram
+
+
+def test_flags_of_the_released_model_are_refused_beside_a_folder(
+    model_once: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(model_once("token_replace", "bf16"))
+    assert main(["plan", "--profile", "6gb", "--model", folder, "--scheme", "nf4"]) == 1
+    said = capsys.readouterr().err
+    assert "--scheme nf4 beside --model" in said
+    assert "stored as bf16" in said
+    assert "--variant" not in said
+    assert main(["plan", "--profile", "6gb", "--model", folder, "--variant", "token_replace"]) == 1
+    assert "--variant token_replace beside --model" in capsys.readouterr().err
 
 
 def test_a_step_takes_the_longer_of_arithmetic_and_copying() -> None:
@@ -91,6 +130,7 @@ def test_a_step_takes_the_longer_of_arithmetic_and_copying() -> None:
     assert step_seconds(card, work, 9_060_000_000, False) == step_seconds(card, work, 0, False)
     small = Work.of(config, 100, 100, 2)
     assert step_seconds(card, small, 25_000_000_000, False) == pytest.approx(1.0)
+    assert step_seconds(card, small, 1_800_000_000, False, from_file=True) == pytest.approx(1.0)
     assert step_seconds(card, work, 0, True) < step_seconds(card, work, 0, False)
     times = [attention_time(name, 0.2, 0.2) for name in ("sdpa", "triton-int8", "triton-sparse")]
     assert times == sorted(times, reverse=True)
