@@ -26,17 +26,18 @@ from lowvram_i2v.checkpoint import (
 )
 from lowvram_i2v.convert.origin import Component, Origin, understand
 from lowvram_i2v.convert.policy import SCHEME_NAMES, Layout, check_keep, component_scheme, layout, quantizable
+from lowvram_i2v.convert.sources import SmallFile
+from lowvram_i2v.convert.sources.tokenizer_files import TOKENIZER_NAMES
 from lowvram_i2v.convert.writer import (
     CPU,
     Written,
     header_bytes,
     only_writer,
     replacing,
-    require_space,
     require_writable,
     write_layout,
 )
-from lowvram_i2v.errors import RequestError
+from lowvram_i2v.errors import CheckpointError, RequestError
 from lowvram_i2v.events import Listener, Notice, PhaseAdvanced, PhaseFinished, PhaseStarted, ignore
 from lowvram_i2v.kernels.scheme import SCHEMES
 
@@ -93,10 +94,9 @@ def convert(
     read_records(destination)
     understood = understand(origin, components, variant)
     planned = _plan(understood, scheme, text_scheme, tuple(keep))
-    require_space(destination, sum(plan.file_bytes for plan in planned))
-    for text in (text for one in understood for text in one.source.notices):
-        listen(Notice(text))
-    with only_writer(destination):
+    with only_writer(destination, sum(plan.file_bytes for plan in planned)):
+        for text in (text for one in understood for text in one.source.notices):
+            listen(Notice(text))
         for plan in planned:
             _write(plan, destination, device, listen)
 
@@ -121,28 +121,46 @@ def _plan(understood: list[Component], scheme: str, text_scheme: str | None, kee
 
 
 def _write(plan: Planned, destination: Path, device: torch.device, listen: Listener) -> None:
-    """Tokenizer, weights, then the record: a killed conversion leaves the component unnamed in
-    `model.json`."""
+    """Weights, tokenizer, then the record: a conversion that is killed while either is replaced leaves the component
+    unnamed in `model.json`."""
     component, source = plan.component.name, plan.component.source
     start, phase = time.perf_counter(), f"convert {component}"
     listen(PhaseStarted(phase, plan.data_bytes, "bytes"))
-    for file in source.tokenizer:
-        folder = destination / TOKENIZERS[component]
-        folder.mkdir(exist_ok=True)
-        with replacing(folder / file.name) as part:
-            part.write_bytes(file.read_bytes())
+    tokenizer = _contents(source.tokenizer)
     path = destination / component_file(component)
     with replacing(path) as part:
         written = write_layout(
             part, plan.layout, plan.metadata, device, lambda done: listen(PhaseAdvanced(phase, done))
         )
         _record(destination, plan.component, None)
+        if tokenizer:
+            _write_tokenizer(destination / TOKENIZERS[component], tokenizer)
     facts = {"file": source.path.name, "bytes": source.bytes}
     record = ComponentRecord(plan.component.config, plan.scheme, path.stat().st_size, facts, written.checksums)
     _record(destination, plan.component, record)
     listen(PhaseFinished(phase, time.perf_counter() - start, 0, 0))
     for text in _outliers(component, plan.scheme, written):
         listen(Notice(text))
+
+
+def _contents(files: Iterable[SmallFile]) -> dict[str, bytes]:
+    """Name -> content. Raises CheckpointError for a file that cannot be read."""
+    found = {}
+    for file in files:
+        try:
+            found[file.name] = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}", "Copy or download it again.") from error
+    return found
+
+
+def _write_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a tokenizer's files; another one's, which would win over these, are removed."""
+    for name, data in files.items():
+        with replacing(folder / name) as part:
+            part.write_bytes(data)
+    for name in TOKENIZER_NAMES - files.keys():
+        (folder / name).unlink(missing_ok=True)
 
 
 def _record(destination: Path, component: Component, record: ComponentRecord | None) -> None:

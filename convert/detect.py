@@ -6,6 +6,7 @@ by the same functions (sources/transformer.py and its neighbours), so what `insp
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def _with_transformer(detected: Detected, container: Container, match: Transform
         return replace(detected, refusal=str(error), notices=notices)
     tensors, faults = under_official_names(decoded.tensors, match.naming)
     faults += _against_the_model({name: tensor.shape for name, tensor in tensors.items()})
+    told = {word for fault in faults for word in re.split(r"[\s,:]+", fault)}
     unknown = [name for name in decoded.tensors if to_official(match.naming, name) is None]
-    faults += [f"unknown: {name}" for name in unknown if not any(name in fault for fault in faults)]
+    faults += [f"unknown: {name}" for name in unknown if name not in told]
     return replace(detected, variant=variant, problems=tuple(faults), notices=(*notices, *decoded.notices))
 
 

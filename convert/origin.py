@@ -83,6 +83,11 @@ def _open(origin: Origin, asked: tuple[str, ...] | None, hints: Hints) -> dict[s
         pieces = _with_file(pieces, path, hints.variant)
     named = tuple(component for component in COMPONENTS if pieces.of(component) is not None)
     if path is None or layout is None:
+        if not (asked or named):
+            raise RequestError(
+                "what is given is no component by itself",
+                f"A vision tower and tokenizers complete a text encoder: name that with {FLAGS['text_encoder']}.",
+            )
         return open_pieces(pieces, asked or named, hints)
     components = asked or COMPONENTS
     if layout == COMFY:

@@ -24,6 +24,7 @@ from torch import Tensor
 from lowvram_i2v.checkpoint import in_block_order
 from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.errors import CheckpointError, RequestError
+from lowvram_i2v.kernels.chunks import row_chunks
 from lowvram_i2v.kernels.scheme import SCHEMES, QuantScheme
 
 DTYPES = {
@@ -66,12 +67,13 @@ class Job:
     """One tensor read, one or more written.
 
     names: what `make` returns. make: runs where its argument is, on the CPU or a GPU; raises CheckpointError for values
-    that cannot be stored.
+    that cannot be stored. quantizes: the layer whose weight it is and the scheme, None if it is not quantized here.
     """
 
     names: tuple[str, ...]
     source: LazyTensor
     make: Callable[[Tensor], dict[str, Tensor]]
+    quantizes: tuple[str, QuantScheme] | None = None
 
     def produce(self) -> dict[str, Tensor]:
         """Reads and makes, in one go."""
@@ -150,20 +152,20 @@ def _quantized(layer: str, tensor: LazyTensor, scheme: QuantScheme) -> Iterator[
     given = tensor.parts or {}
     if tensor.scheme == scheme.name and {suffix: (part.shape, part.dtype) for suffix, part in given.items()} == wanted:
         for suffix, part in given.items():
-            yield _copy(f"{layer}.{suffix}", part)
+            yield _cast(f"{layer}.{suffix}", part, part.dtype)
     else:
         parts = [StoredTensor(f"{layer}.{suffix}", shape, dtype) for suffix, (shape, dtype) in wanted.items()]
 
         def make(weight: Tensor) -> dict[str, Tensor]:
             return {f"{layer}.{suffix}": part for suffix, part in scheme.quantize(weight, f"{layer}.weight").items()}
 
-        yield Job(tuple(part.name for part in parts), tensor, make), parts
+        yield Job(tuple(part.name for part in parts), tensor, make, quantizes=(layer, scheme)), parts
     for suffix, value in scheme.layer_markers().items():
         yield _constant(f"{layer}.{suffix}", value)
 
 
 def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> tuple[Job, list[StoredTensor]]:
-    """The tensor in another floating-point dtype, or as it is."""
+    """The tensor in another floating-point dtype, or bit for bit as it is (`cast`)."""
 
     def make(values: Tensor) -> dict[str, Tensor]:
         return {name: cast(name, values, dtype)}
@@ -171,32 +173,42 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> tuple[Job, list[
     return Job((name,), tensor, make), [StoredTensor(name, tensor.shape, dtype)]
 
 
-def _copy(name: str, tensor: LazyTensor) -> tuple[Job, list[StoredTensor]]:
-    """The tensor bit for bit. Making it raises CheckpointError if a value is infinite or not a number."""
-
-    def make(values: Tensor) -> dict[str, Tensor]:
-        floats = values.half() if values.dtype == torch.float8_e4m3fn else values
-        if not floats.isfinite().all():
-            raise CheckpointError(
-                f"{name} has values that are infinite or not a number",
-                "The weights are damaged: download them again.",
-            )
-        return {name: values}
-
-    return Job((name,), tensor, make), [StoredTensor(name, tensor.shape, tensor.dtype)]
-
-
 def _constant(name: str, value: Tensor) -> tuple[Job, list[StoredTensor]]:
     """A tensor that no source has."""
-    return _copy(name, LazyTensor(tuple(value.shape), value.dtype, lambda: value))
+    return _cast(name, LazyTensor(tuple(value.shape), value.dtype, lambda: value), value.dtype)
 
 
 def cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises CheckpointError if a value does not fit float16."""
-    result = values.to(dtype)
-    if dtype == torch.float16 and values.dtype != dtype and not result.isfinite().all() and values.isfinite().all():
+    """`values` in `dtype`, rounded once; the same tensor if that is theirs. Integers are not looked at.
+
+    Some values at a time, so that beside `values` and the result there are 16 MiB at most. Raises CheckpointError if a
+    value is infinite, not a number, or too large for `dtype`.
+    """
+    same = values.dtype == dtype
+    if same and not dtype.is_floating_point:
+        return values
+    flat = values.reshape(-1)
+    result = flat if same else torch.empty(flat.shape, dtype=dtype, device=values.device)
+    for piece in row_chunks(len(flat), 1):
+        largest = _largest(name, flat[piece])
+        if same:
+            continue
+        if not largest.to(dtype).isfinite():
+            raise CheckpointError(
+                f"{name} has values up to {largest:.3g}, {str(dtype).removeprefix('torch.')} holds up to "
+                f"{torch.finfo(dtype).max:.5g}",
+                "These are not the released weights, or they are damaged: download them again.",
+            )
+        result[piece] = flat[piece]
+    return values if same else result.reshape(values.shape)
+
+
+def _largest(name: str, values: Tensor) -> Tensor:
+    """The largest magnitude, float32. Raises CheckpointError if a value is infinite or not a number."""
+    low, high = torch.aminmax(values if values.itemsize > 1 else values.half())
+    largest = torch.maximum(-low, high).float()
+    if not largest.isfinite():
         raise CheckpointError(
-            f"{name} has values up to {values.abs().max():.3g}, float16 holds up to 65504",
-            "These are not the released weights, or they are damaged: download them again.",
+            f"{name} has values that are infinite or not a number", "The weights are damaged: download them again."
         )
-    return result
+    return largest

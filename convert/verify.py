@@ -23,8 +23,9 @@ from torch import Tensor
 
 from lowvram_i2v.attention.sdpa import attend
 from lowvram_i2v.checkpoint import COMPONENTS, ComponentRecord, component_file, raise_listed, read_records
-from lowvram_i2v.convert.origin import Origin, understand
+from lowvram_i2v.convert.origin import Component, Origin, layout_of, understand
 from lowvram_i2v.convert.sources import LazyTensor
+from lowvram_i2v.convert.sources.containers import ACCESS
 from lowvram_i2v.convert.sources.model_folder import dequantized
 from lowvram_i2v.convert.writer import CPU, relative_error
 from lowvram_i2v.dit.blocks import DoubleBlock
@@ -82,8 +83,9 @@ def verify(
 ) -> Report:
     """Compares a model folder with its own checksums and, if given, with its source.
 
-    components: None for all that the folder has. variant: of the source, where that leaves it open. Raises
-    CheckpointError for a folder or source that cannot be read; what is merely different goes into the report.
+    components: None for all that the folder has; compared with the source are those of them that a source of one
+    component holds. variant: of the source, where that leaves it open. Raises CheckpointError for a folder or source
+    that cannot be read, before anything else is; what is merely different goes into the report.
     """
     records = read_records(folder).components
     if not records:
@@ -92,6 +94,7 @@ def verify(
     absent = [f"{component}: not in the folder" for component in asked if component not in records]
     raise_listed(f"{folder} cannot be verified", absent, "Convert these components first.")
     files = {component: open_safetensors(folder / component_file(component)) for component in asked}
+    sources = [] if against is None else _sources(folder, against, asked, variant, chosen=components is not None)
     checked, damaged = {}, []
     for component in asked:
         record = records[component]
@@ -100,13 +103,9 @@ def verify(
         checked[component] = len(record.checksums)
         damaged += [f"{component}: {name}" for name in _damaged(component, files[component], record, listen)]
         damaged += _damaged_tokenizer(folder, component)
-    if against is None:
-        return Report(checked, tuple(damaged))
-    if against.resolve() == folder.resolve():
-        raise RequestError("--against names the model folder itself", "Name what it was converted from.")
     errors: dict[str, float] = {}
     equal, block = 0, None
-    for one in understand(Origin(against), asked, variant):
+    for one in sources:
         ours = dequantized(one.name, files[one.name], records[one.name].config)
         found = _errors(one.name, ours, one.source.tensors, listen)
         equal += sum(error == 0 for error in found.values())
@@ -114,6 +113,25 @@ def verify(
         if one.name == "transformer":
             block = block_error(TransformerConfig.from_dict(one.config), ours, one.source.tensors, device)
     return Report(checked, tuple(damaged), errors, equal, block)
+
+
+def _sources(folder: Path, against: Path, asked: tuple[str, ...], variant: str | None, chosen: bool) -> list[Component]:
+    """The source's components that are compared. chosen: the user has named the components, so all are wanted.
+
+    Raises RequestError or CheckpointError if the source lacks them.
+    """
+    if against.resolve() == folder.resolve():
+        raise RequestError("--against names the model folder itself", "Name what it was converted from.")
+    if against.is_dir() and layout_of(against) is not None:
+        return understand(Origin(against), asked, variant)
+    found = understand(Origin(against), None, variant)
+    held = [one.name for one in found]
+    if (chosen and set(held) != set(asked)) or not set(held) & set(asked):
+        raise CheckpointError(
+            f"{against} holds {' and '.join(held)}, not {' and '.join(asked)}",
+            "Name what these were converted from, or with --component what is to be compared.",
+        )
+    return found
 
 
 def _damaged(component: str, file: SafetensorsFile, record: ComponentRecord, listen: Listener) -> list[str]:
@@ -149,12 +167,15 @@ def _damaged_tokenizer(folder: Path, component: str) -> list[str]:
 
 
 def _checksum(file: SafetensorsFile, name: str) -> str:
-    """In pieces: however many threads run, memory is small."""
+    """In pieces: however many threads run, memory is small. Raises CheckpointError if the disk does not give them."""
     entry, digest = file.entries[name], hashlib.sha256()
-    with file.path.open("rb") as stream:
-        stream.seek(entry.start)
-        for done in range(0, entry.bytes, PIECE):
-            digest.update(stream.read(min(PIECE, entry.bytes - done)))
+    try:
+        with file.path.open("rb") as stream:
+            stream.seek(entry.start)
+            for done in range(0, entry.bytes, PIECE):
+                digest.update(stream.read(min(PIECE, entry.bytes - done)))
+    except OSError as error:
+        raise CheckpointError(f"{file.path}: {name} cannot be read: {error.strerror}", ACCESS) from error
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,7 +34,7 @@ from lowvram_i2v.convert.policy import Job, Layout, StoredTensor
 from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.errors import CheckpointError, RequestError, ResourceError
 from lowvram_i2v.kernels.chunks import row_chunks
-from lowvram_i2v.kernels.scheme import QuantScheme, scheme_of_dtype
+from lowvram_i2v.kernels.scheme import QuantScheme
 from lowvram_i2v.safetensors_file import TORCH_DTYPES
 
 ALIGNMENT = 64
@@ -47,7 +47,10 @@ MOST_JOBS = 5
 EARLY = 2**20  # bytes of a tensor that is sent to the disk at once
 DTYPE_NAMES = {getattr(torch, ours): theirs for theirs, ours in TORCH_DTYPES.items()}
 CPU = torch.device("cpu")
-PART = ".part"
+PART = ".lowvram-i2v.part"
+"""Ends the name of a file that is being written; no other program's unfinished files are called so."""
+DEEPEST = 3  # levels of the deepest file that is written: the released tree's
+DISK_REMEDY = "Is the disk full, or was it removed?"
 
 
 class Described(Protocol):
@@ -183,9 +186,7 @@ def run_jobs(layout: Layout, sink: Sink, device: torch.device, advance: Callable
                 f"out of video memory: {str(error).splitlines()[0]}", "Free some of it, or convert with --device cpu."
             ) from error
         except OSError as error:
-            raise ResourceError(
-                f"reading or writing failed: {error}", "Is the disk full, or was it removed?"
-            ) from error
+            raise ResourceError(f"reading or writing failed: {error}", DISK_REMEDY) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return Written({name: written.checksums[name] for name in sink.offsets}, written.errors)
@@ -193,16 +194,20 @@ def run_jobs(layout: Layout, sink: Sink, device: torch.device, advance: Callable
 
 def _cost(job: Job, size: int, device: torch.device) -> int:
     """Bytes of host memory that a job holds at once: what is read and what is made and, for a weight that is quantized
-    on the CPU, its values after quantization in 16 bits."""
-    if len(job.names) == 1 or device != CPU:
-        return job.source.bytes + size
-    return job.source.bytes + size + 2 * torch.Size(job.source.shape).numel() + SCRATCH
+    on the CPU, its values after quantization in 16 bits. Other work is done in small pieces (`policy.cast`)."""
+    held = job.source.bytes + size
+    if device == CPU and len(job.names) > 1:
+        held += SCRATCH
+    if device == CPU and job.quantizes:
+        held += 2 * torch.Size(job.source.shape).numel()
+    return held
 
 
 def _run(job: Job, sink: Sink, device: torch.device) -> Written:
-    """One job, start to end. Small results do not go through a GPU: the way there is longer than the work."""
+    """One job, start to end. What is not quantized does not go through a GPU: the way there is longer than the
+    work."""
     values = job.source.read()
-    if device != CPU and len(job.names) > 1:
+    if device != CPU and job.quantizes:
         values = values.to(device)
     made = job.make(values)
     errors = _errors(job, values, made)
@@ -212,11 +217,9 @@ def _run(job: Job, sink: Sink, device: torch.device) -> Written:
 
 def _errors(job: Job, weight: Tensor, made: Mapping[str, Tensor]) -> dict[str, float]:
     """The relative error of a weight that was quantized here; nothing for other jobs."""
-    layer = job.names[0].rpartition(".")[0]
-    stored = made.get(f"{layer}.weight")
-    scheme = None if stored is None or len(made) == 1 else scheme_of_dtype(stored.dtype)
-    if scheme is None:
+    if job.quantizes is None:
         return {}
+    layer, scheme = job.quantizes
     parts = {name.rpartition(".")[2]: part for name, part in made.items()}
     return {layer: weight_error(weight, parts, scheme)}
 
@@ -256,28 +259,55 @@ def _shared_cores(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def replacing(path: Path) -> AbstractContextManager[Path]:
-    """`whole_file.replacing` with a name that the next run knows: it overwrites or removes what a killed one left."""
-    return whole_file.replacing(path, path.with_name(path.name + PART))
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`whole_file.replacing` with a name that the next run knows: it overwrites or removes what a killed one left.
+
+    Raises ResourceError if the folder of `path`, which is made, or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file.replacing(path, path.with_name(path.name + PART)) as part:
+            yield part
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error}", DISK_REMEDY) from error
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, needed: int = 0) -> Iterator[None]:
     """Makes `folder` if need be and keeps other conversions out of it while the block lasts; removes what a killed one
     has left.
 
-    Raises RequestError if another process is writing there. The lock goes with its process, however that ends. Left
-    out: systems without file locks, where two conversions into one folder must not overlap.
+    needed: bytes that are going to be written. Raises ResourceError if the disk has fewer free, before the folder is
+    made or, where it is there, after the leftovers are gone; RequestError if another process is writing there. The lock
+    goes with its process, however that ends. Left out: systems without file locks, where two conversions into one
+    folder must not overlap.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(folder)
+    if not folder.exists():
+        require_space(folder, needed)
     try:
-        for leftover in (*folder.glob(f"*{PART}"), *folder.glob(f"*/*{PART}")):
-            leftover.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder} cannot be written: {error}", DISK_REMEDY) from error
+    try:
+        _remove_leftovers(folder)
+        require_space(folder, needed)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Raises ResourceError if one cannot be removed."""
+    for level in range(DEEPEST):
+        for leftover in folder.glob("*/" * level + f"*{PART}"):
+            try:
+                if leftover.is_file():
+                    leftover.unlink()
+            except OSError as error:
+                raise ResourceError(f"{leftover}, left by a killed run, cannot be removed: {error}") from error
 
 
 def _lock(folder: Path) -> int | None:

@@ -27,7 +27,6 @@ from lowvram_i2v.convert.writer import (
     header_bytes,
     only_writer,
     replacing,
-    require_space,
     write_layout,
 )
 from lowvram_i2v.errors import RequestError
@@ -81,11 +80,10 @@ def export(
     require_destination(origin, destination)
     understood = understand(origin, _of_one_file(origin, asked, components), variant)
     planned: list[tuple[Component, list[OutputFile]]] = [(one, module.plan(one)) for one in understood]
-    require_space(destination, sum(file.bytes for _, files in planned for file in files))
-    for text in (text for one in understood for text in one.source.notices):
-        listen(Notice(text))
     written = []
-    with only_writer(destination):
+    with only_writer(destination, sum(file.bytes for _, files in planned for file in files)):
+        for text in (text for one in understood for text in one.source.notices):
+            listen(Notice(text))
         for one, files in planned:
             written += _write(one.name, files, destination, listen)
     return written
@@ -106,7 +104,6 @@ def _write(component: str, files: list[OutputFile], destination: Path, listen: L
 
     for file in files:
         path = destination / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             if file.text is not None:
                 part.write_text(file.text, encoding="utf-8")

@@ -25,10 +25,12 @@ from lowvram_i2v.errors import CheckpointError
 
 SOURCES = {
     "a model folder": "lowvram_i2v.convert.sources.model_folder",
+    "a diffusers repository": "lowvram_i2v.convert.sources.diffusers_folder",
     "the released tree": "lowvram_i2v.convert.sources.official",
     "ComfyUI's models folder": "lowvram_i2v.convert.sources.comfy_set",
-    "a diffusers repository": "lowvram_i2v.convert.sources.diffusers_folder",
 }
+"""The first that matches a folder reads it. diffusers' comes before the released tree: both have `text_encoder_2/`, and
+what diffusers' asks for no released tree has."""
 COMPONENT_READERS = {  # each has `open_component(path, hints)`
     "transformer": "lowvram_i2v.convert.sources.transformer",
     "text_encoder": "lowvram_i2v.convert.sources.text_encoder",

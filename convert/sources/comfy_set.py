@@ -14,6 +14,7 @@ other folders that extra_model_paths.yaml names.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,8 +143,16 @@ def _lines(texts: list[str]) -> str:
 
 
 def _files(models: Path, folders: tuple[str, ...]) -> list[Path]:
-    """In folders inside these, too; ComfyUI lists them as well."""
-    found = [path for folder in folders for path in (models / folder).rglob("*") if path.suffix in SUFFIXES]
+    """In folders inside these, too, and in linked ones; ComfyUI lists them as well. Each folder is seen once, whatever
+    links lead to it."""
+    found, seen = [], set()
+    for place in folders:
+        for folder, inside, names in os.walk(models / place, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                inside.clear()  # not entered again: links may lead round in circles
+                continue
+            seen.add(real)
+            found += [Path(folder, name) for name in names if name.endswith(SUFFIXES)]
     return sorted(path for path in found if path.is_file())
 
 

@@ -22,6 +22,7 @@ from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.safetensors_file import TORCH_DTYPES, open_safetensors
 
 DOWNLOAD = "Download or copy it again."
+ACCESS = "Are you allowed to read it, and is its disk there?"
 LARGEST_JSON = 32 * 2**20  # bytes; indexes and configs have less than 1 MiB, tokenizers 17
 LONGEST_NAME = 200  # characters of a file's name
 DTYPE_LABELS = {getattr(torch, ours): theirs for theirs, ours in TORCH_DTYPES.items()}
@@ -65,11 +66,17 @@ def stripped(container: Container, prefix: str) -> tuple[Container, tuple[str, .
 
 
 def open_container(path: Path) -> Container:
-    """Opens a file of tensors. Raises CheckpointError if it is none, or damaged, truncated, or holds code."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file", "Give a file of weights.")
-    if path.name.endswith(".json"):
-        return _open_shards(path)
+    """Opens a file of tensors. Raises CheckpointError if it is none, or damaged, truncated, unreadable, or holds
+    code."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a file", "Give a file of weights.")
+        return _open_shards(path) if path.name.endswith(".json") else _open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", ACCESS) from error
+
+
+def _open_file(path: Path) -> Container:
     with path.open("rb") as file:
         start = file.read(9)
     if start[:4] == b"GGUF":
@@ -155,7 +162,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def only_weights(folder: Path) -> Path:
     """The one index or file of weights in a folder. Raises CheckpointError if there is none, or a choice."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}", ACCESS) from error
     indexes = [name for name in names if name.endswith(".index.json")]
     files = [name for name in names if name.endswith(SUFFIXES) and not name.endswith("_map.pt")]
     found = indexes or files

@@ -18,7 +18,7 @@ from lowvram_i2v.checkpoint import raise_listed
 from lowvram_i2v.convert.sources import ComponentSource, Hints, open_component
 from lowvram_i2v.convert.sources.containers import file_tensors, read_json, renamed, shards
 from lowvram_i2v.convert.sources.encoder_configs import clip_text_config
-from lowvram_i2v.convert.sources.tokenizer_files import require_small
+from lowvram_i2v.convert.sources.tokenizer_files import require_small, template_ids
 
 MODEL = "hunyuan-video-i2v-720p"
 EXPECTED = (
@@ -140,6 +140,8 @@ def _open(root: Path, component: str, hints: Hints) -> ComponentSource:
         folder / name for name in place.optional if (folder / name).is_file() and folder / name not in tokenizer
     ]
     require_small(tokenizer)
+    if component == "text_encoder":
+        template_ids(tuple(tokenizer), folder)
     return ComponentSource(
         path=weights,
         bytes=sum(path.stat().st_size for path in files),

@@ -3,7 +3,7 @@
     scaled_fp8, <layer>.scale_weight   ComfyUI before 0.4 ("fp8 scaled"), scalar
     <layer>.scale_weight               musubi-tuner: scalar, rows, or blocks of a row; no marker
     <layer>.weight_scale               LightX2V: rows, int8 or fp8
-    <layer>.fp8_scale                  Kijai's wrapper, scalar
+    fp8_scale, <layer>.fp8_scale       Kijai's wrapper, scalar
 
 A scale's meaning is its shape: [] or [1] all of the weight; [out] or [out, 1] a row; [out, n, 1] n equal blocks of
 a row. Where that is one of this project's own schemes the codes can be kept (`LazyTensor.parts`).
@@ -25,6 +25,7 @@ from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.kernels.chunks import row_chunks
 
 FILE_MARKER = "scaled_fp8"
+MARKERS = (FILE_MARKER, "fp8_scale")  # of no layer: they say that the file has scales
 SCALES = ("scale_weight", "weight_scale", "fp8_scale")
 UNUSED = ("scale_input", "input_scale", "output_scale", "comfy_quant")  # of activations, or seen already
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -50,7 +51,7 @@ def scaled_tensors(container: Container) -> dict[str, LazyTensor]:
     tensors, result, faults = container.tensors, {}, []
     for name, tensor in tensors.items():
         layer, _, suffix = name.rpartition(".")
-        if name == FILE_MARKER or suffix in UNUSED:
+        if name in MARKERS or suffix in UNUSED:
             continue
         if suffix in SCALES:
             faults += [] if f"{layer}.weight" in tensors else [f"{name} belongs to no weight"]

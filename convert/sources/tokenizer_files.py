@@ -28,6 +28,8 @@ PAD = "<pad>"
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json")
 LLAVA_FILES = (("tokenizer.json",),)
 CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+TOKENIZER_NAMES = frozenset((*OPTIONAL, *(name for group in CLIP_FILES for name in group)))
+"""All files that a tokenizer is read from."""
 FILES = {"text_encoder": LLAVA_FILES, "text_encoder_2": CLIP_FILES}
 COMFY_FOLDERS = {  # from the folder that holds `models`
     "text_encoder": "comfy/text_encoders/llama_tokenizer",

@@ -49,7 +49,7 @@ INPUTS = ("img_in.proj.weight", "x_embedder.proj.weight")
 CODED = ("", "._data")
 CHANNELS = {variant.in_channels: name for name, variant in VARIANTS.items()}
 SKYREELS_CHANNELS = 32
-IMAGE_NAMES = re.compile(r"(?<!lowvram-)i2v|image.?(to|2).?vid|img.?(to|2).?vid")
+IMAGE_NAMES = re.compile(r"(?<!lowvram[-_])i2v|image.?(to|2).?vid|img.?(to|2).?vid")
 TEXT_NAMES = re.compile(r"t2v|text.?(to|2).?vid|txt.?(to|2).?vid")
 REMEDY = "Only the transformer of HunyuanVideo-I2V can be converted."
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from allocations import peak_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from lowvram_i2v.convert.policy import (
     SCHEME_NAMES,
     Layout,
     StoredTensor,
+    cast,
     check_keep,
     component_scheme,
     layout,
@@ -25,6 +29,7 @@ from lowvram_i2v.convert.sources import LazyTensor
 from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.dit.transformer import HunyuanVideoTransformer
 from lowvram_i2v.errors import CheckpointError, RequestError
+from lowvram_i2v.kernels import chunks
 from lowvram_i2v.kernels.scheme import SCHEMES, is_marker
 from lowvram_i2v.synth.sizes import SIZES, clip_json, llava_json
 
@@ -289,3 +294,45 @@ def test_values_beyond_float16_are_refused_by_name() -> None:
     tensors["model.layers.0.input_layernorm.weight"].read()[2] = 1e5
     with pytest.raises(CheckpointError, match=r"input_layernorm\.weight has values up to 1e\+05"):
         [job.produce() for job in layout("text_encoder", "fp8", tensors).jobs]
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_damaged_values_are_refused_wherever_they_are(scheme: str, value: float) -> None:
+    """Also in what is only cast, and in what stays as it is."""
+    for name, dtype in (
+        ("final_layer.linear.bias", torch.float32),
+        ("img_in.proj.weight", torch.bfloat16),
+        ("img_in.proj.bias", torch.float16),
+    ):
+        tensors = random({name: (9, 3)}, dtype)
+        tensors[name].read()[8, 2] = value
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has values that are infinite or not a number"):
+            [job.produce() for job in layout("transformer", scheme, tensors).jobs]
+
+
+def test_values_beyond_bfloat16_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"a has values up to 3\.4e\+38, bfloat16 holds up to 3\.3895e\+38"):
+        cast("a", torch.tensor([1.0, -3.4e38]), torch.bfloat16)
+    assert cast("a", torch.tensor([65519.0]), torch.float16) == 65504
+    with pytest.raises(CheckpointError, match="float16 holds up to 65504"):
+        cast("a", torch.tensor([65520.0]), torch.float16)
+
+
+def test_memory_of_a_cast_is_its_result_and_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a copy a piece alone."""
+    monkeypatch.setattr(chunks, "ELEMENTS", 2**10)
+    values = torch.ones(2**14, 4)
+    work, beside = [], []
+    for stored, wanted in (
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float16),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    ):
+        source = values.to(stored)
+        work.append(partial(cast, "a", source, wanted))
+        beside.append(0 if stored == wanted else values.numel() * wanted.itemsize)
+    piece = 4 * chunks.ELEMENTS
+    for cast_one, result in zip(work, beside, strict=True):
+        assert result <= peak_of(cast_one) <= result + piece + 1024

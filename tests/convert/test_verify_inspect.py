@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import TRANSFORMER, Made, cut, rewrite
+from tiny_models import TRANSFORMER, VAE, Made, cut, rewrite
 
 from lowvram_i2v.checkpoint import COMPONENTS, component_file
 from lowvram_i2v.cli import main
+from lowvram_i2v.convert import verify as verify_module
+from lowvram_i2v.convert.convert import convert
 from lowvram_i2v.convert.inspect import inspect
 from lowvram_i2v.convert.verify import verify
 from lowvram_i2v.errors import CheckpointError, RequestError
@@ -69,6 +71,30 @@ def test_a_16_bit_folder_equals_its_source(released_once: Made, model_once: Made
     assert report.errors == {}
     assert report.equal > 300
     assert report.block_error == 0
+
+
+def test_against_a_file_that_holds_one_component(model_once: Made, released_once: Made, tmp_path: Path) -> None:
+    folder, source = model_once("token_replace", "bf16"), released_once("token_replace")
+    report = verify(folder, source / TRANSFORMER)
+    assert set(report.checked) == set(COMPONENTS)
+    assert report.equal == len(open_safetensors(folder / "transformer.safetensors").entries)
+    assert verify(folder, source / VAE, ["vae"]).equal > 100
+    with pytest.raises(CheckpointError, match="holds vae, not text_encoder_2"):
+        verify(folder, source / VAE, ["text_encoder_2"])
+    convert(source, tmp_path / "model", "bf16", ["vae"])
+    with pytest.raises(CheckpointError, match="holds transformer, not vae"):
+        verify(tmp_path / "model", source / TRANSFORMER)
+
+
+def test_the_source_is_looked_at_before_checksums_are_read(
+    model_once: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> str:
+        raise AssertionError("a checksum was read")
+
+    monkeypatch.setattr(verify_module, "_checksum", read)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        verify(model_once("token_replace", "bf16"), tmp_path / "nothing")
 
 
 def test_wrong_calls(model_once: Made, released_once: Made, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tiny_models import Made
 
 from lowvram_i2v.checkpoint import BLOCKS, MODULATION, component_file, in_block_order
 from lowvram_i2v.convert.sources import LazyTensor
-from lowvram_i2v.convert.writer import ALIGNMENT, header_bytes, replacing, write_safetensors
+from lowvram_i2v.convert.writer import ALIGNMENT, PART, header_bytes, replacing, write_safetensors
 from lowvram_i2v.errors import CheckpointError
 from lowvram_i2v.safetensors_file import TORCH_DTYPES, open_safetensors
 
@@ -83,7 +83,7 @@ def test_replacing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"):
         interrupted()
     assert path.read_text() == "old"
-    (tmp_path / "file.part").write_text("left by a killed process")
+    (tmp_path / f"file{PART}").write_text("left by a killed process")
     with replacing(path) as part:
         part.write_text("new")
         assert path.read_text() == "old"

@@ -120,6 +120,17 @@ def test_old_folder_names_and_folders_within(comfy: Path) -> None:
     assert set(open_source(comfy, COMPONENTS)) == set(COMPONENTS)
 
 
+def test_linked_folders_are_looked_into(comfy: Path, tmp_path: Path) -> None:
+    """Each once, also where links lead in a circle."""
+    (comfy / "diffusion_models").rename(tmp_path / "elsewhere")
+    (comfy / "diffusion_models").mkdir()
+    (comfy / "diffusion_models" / "Hunyuan").symlink_to(tmp_path / "elsewhere")
+    (comfy / "unet").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
+    found = open_comfy(comfy, ["transformer"])["transformer"].path
+    assert found == comfy / "diffusion_models" / "Hunyuan" / I2V
+
+
 def test_names_of_files_do_not_matter(comfy: Path) -> None:
     rename(comfy / TEXT / "llava_llama3_fp8_scaled.safetensors", "a.safetensors")
     rename(comfy / TEXT / "clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors")
@@ -189,6 +200,13 @@ def test_given_pieces_are_not_looked_for(comfy: Path, tmp_path: Path) -> None:
     shutil.rmtree(comfy / "clip_vision")
     with pytest.raises(CheckpointError, match="vision: LLaVA's vision tower"):
         open_comfy(comfy, ["text_encoder"], given)
+
+
+def test_a_vision_tower_alone_is_refused(comfy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = comfy / "clip_vision" / "llava_llama3_vision.safetensors"
+    assert cli.main(["convert", str(path), str(tmp_path / "model"), "--device", "cpu"]) == 1
+    assert "name that with --text-encoder" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def test_pieces_one_by_one(comfy: Path) -> None:

@@ -234,9 +234,11 @@ def test_plain_fp8_is_read_with_a_notice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", ["tensors", "floats"])
 def test_released_fp8_needs_its_map(values: str, tmp_path: Path) -> None:
-    tensors, expected = fp8_scaled(official_state(), "fp8_scale", "one")
+    tensors, expected = fp8_scaled(official_state(), "scale_weight", "one")
     scales: dict[str, Any] = {
-        name.removesuffix(".fp8_scale"): tensors.pop(name) for name in list(tensors) if name.endswith(".fp8_scale")
+        name.removesuffix(".scale_weight"): tensors.pop(name)
+        for name in list(tensors)
+        if name.endswith(".scale_weight")
     }
     if values == "floats":
         scales = {layer: scale.item() for layer, scale in scales.items()}
