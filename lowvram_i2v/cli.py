@@ -185,10 +185,6 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path, str | 
 
         settings = read_settings(options.like)
         request = GenerateRequest.from_settings(settings, options.output)
-        if "resolution" in given or ("image" in given and _is_bucket(request)):
-            given.setdefault("size", None)
-        if "stability" in given and given["stability"] != request.stability:
-            given.setdefault("flow_shift", None)
         about = settings.get("about")
         about = about if isinstance(about, dict) else {}
         if model is None and isinstance(about.get("model"), str):
@@ -196,6 +192,10 @@ def _request(options: argparse.Namespace) -> tuple[GenerateRequest, Path, str | 
         profile = about["profile"] if isinstance(about.get("profile"), str) else None
         if model is None:
             raise RequestError(f"--model not given, and {options.like} does not name one", "Name the model folder.")
+        if "resolution" in given or ("image" in given and (is_demo(model) or _is_bucket(request))):
+            given.setdefault("size", None)
+        if "stability" in given and given["stability"] != request.stability:
+            given.setdefault("flow_shift", None)
         request = replace(request, **given)
     else:
         missing = [f"--{name}" for name in ("image", "prompt") if name not in given]

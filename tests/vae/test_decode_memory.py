@@ -1,5 +1,6 @@
 """What the planner says a decode takes, against what it allocates."""
 
+import gc
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ GIB = 2**30
 
 def peaks_of(runs):
     """The most bytes allocated at a time while each runs: recorded all at once, because a recording takes seconds."""
+    gc.collect()  # what earlier tests left and is freed meanwhile would count as less
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for run in runs:
             with record_function("run"):
