@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowvram_i2v import __version__
-from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands
+from lowvram_i2v.cli_convert import COMPONENT_NAMES, add_commands, add_component
 from lowvram_i2v.cli_kernels import add_commands as add_kernel_commands
 from lowvram_i2v.cli_media import add_commands as add_media_commands
 from lowvram_i2v.cli_plan import add_commands as add_plan_commands
@@ -244,13 +244,7 @@ def _add_synth(commands: Any) -> None:
         help="full: 13B, about 26 GB + encoders (default tiny)",
     )
     add("--variant", choices=VARIANTS, default="token_replace")
-    add(
-        "--component",
-        action="append",
-        metavar="NAME",
-        choices=COMPONENT_NAMES,
-        help="only this one (repeatable): %(choices)s",
-    )
+    add_component(parser)
     add("--seed", type=int, default=0)
     add("--device", default="auto", metavar="NAME", help="where the random numbers are made (default auto)")
 

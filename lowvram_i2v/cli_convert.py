@@ -61,16 +61,16 @@ def _add_convert(commands: Any) -> None:
     add("--scheme", choices=SCHEMES, help="how the transformer is stored (default int8); fp32 is for tests")
     add("--text-scheme", choices=SCHEMES, help="how the text encoder is stored (default fp8 beside 8 and 4 bits)")
     add("--keep", action="append", default=[], metavar="PATTERN", help="layers to leave unquantized (repeatable)")
-    add(
-        "--component",
-        action="append",
-        metavar="NAME",
-        choices=COMPONENT_NAMES,
-        help="only this one (repeatable): %(choices)s",
-    )
+    add_component(parser)
     add("--variant", choices=VARIANTS, help="needed only where the weights leave it open")
     add("--format", choices=FORMATS, default="model", help="model, or an export for others (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="where weights are quantized (default %(default)s)")
+
+
+def add_component(parser: argparse.ArgumentParser) -> None:
+    """`--component`, as all commands have it that work on one at a time."""
+    only = "only this one (repeatable): %(choices)s"
+    parser.add_argument("--component", action="append", metavar="NAME", choices=COMPONENT_NAMES, help=only)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -141,13 +141,7 @@ def _add_verify(commands: Any) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the model folder")
     add("--against", type=Path, metavar="SOURCE", help="what it was converted from: errors of every layer")
-    add(
-        "--component",
-        action="append",
-        metavar="NAME",
-        choices=COMPONENT_NAMES,
-        help="only this one (repeatable): %(choices)s",
-    )
+    add_component(parser)
     add("--variant", choices=VARIANTS, help="of SOURCE, where it leaves that open")
     add("--rows", type=int, default=20, metavar="N", help="layers in the table, the worst ones (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="where the block runs (default %(default)s)")

@@ -16,7 +16,7 @@ from lowvram_i2v.attention import choice
 from lowvram_i2v.checkpoint import ModelFolder, open_model
 from lowvram_i2v.device import free_vram, multiplies_float8
 from lowvram_i2v.embed_cache import EmbedCache
-from lowvram_i2v.errors import PlatformError, RequestError
+from lowvram_i2v.errors import RequestError
 from lowvram_i2v.events import Listener, Notice, Planned
 from lowvram_i2v.host_memory import available_ram
 from lowvram_i2v.image import fit_image, read_image
@@ -121,7 +121,6 @@ def prepare(
 ) -> Job:
     """Checks request, picture, output, model folder, prompts and memory. Raises one of the four errors, or returns the
     job."""
-    _check_card(device)
     request.check()
     model = open_model(folder)
     picture = read_image(request.image, listen)
@@ -182,15 +181,6 @@ def prepare_decode(
     return job
 
 
-def _check_card(device: torch.device) -> None:
-    """Raises PlatformError for a card that is too old for the transformer. Decoding asks for less."""
-    if reason := choice.too_old(device):
-        raise PlatformError(
-            reason,
-            "Use an RTX 30, an A100 or a later card, or --device cpu. Finished latents can be decoded on this one.",
-        )
-
-
 def _preview_decoder(options: RunOptions) -> TinyDecoder | None:
     """TAEHV from its file, if one is named, so that a wrong file is refused now."""
     import torch
@@ -213,6 +203,8 @@ def _computable(profile: VramProfile, scheme: str | None, device: torch.device, 
 
 def _attending(profile: VramProfile, head_dim: int, device: torch.device, listen: Listener) -> VramProfile:
     """The profile, with the attention backend that runs on this card. Tries the one asked for on a few tokens."""
+    if reason := choice.too_old(device):
+        listen(Notice(f"{reason}: torch's own writes all scores to memory, which suits small, short videos only."))
     chosen = choice.choose(profile.attention, device, head_dim, eight_bit=profile.compute == "w8a8")
     if chosen.name != profile.attention:
         listen(Notice(f"attention: {chosen.name} ({chosen.why})"))
@@ -231,7 +223,8 @@ def _plan(
     on_gpu = device.type == "cuda"
     if not on_gpu:
         profile = replace(profile, vram_gib=0.0)
-    machine = Machine(free_vram(device), available_ram() if on_gpu else None, multiplies_float8(device))
+    old = choice.too_old(device) is not None
+    machine = Machine(free_vram(device), available_ram() if on_gpu else None, multiplies_float8(device), scores=old)
     video = Video(*request.size, request.frames, request.steps, request.cfg > 1)
     plan = make(video, profile, machine)
     if on_gpu:

@@ -59,12 +59,13 @@ PROCESS_RAM = 7 * GIB // 5
 @dataclass(frozen=True)
 class Machine:
     """What is free now, in bytes. vram: what the allocator can get, None without a GPU. ram: beside the program, which
-    runs already; None if unknown.
-    float8: whether the card multiplies 8-bit floats (RTX 40 and later); others keep V in 16 bits."""
+    runs already; None if unknown. float8: whether the card multiplies 8-bit floats (RTX 40 and later); others keep V in
+    16 bits. scores: whether torch's attention writes all scores to memory (before RTX 30)."""
 
     vram: int | None
     ram: int | None
     float8: bool = True
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _attention_bytes(
     config, (image, text) = sizes.transformer, tokens(sizes, video)
     work = image // latent_frames(sizes.vae, video), image, text, chunking.heads, config.head_dim
     density, value = profile.sparse_density, 1 if machine.float8 else 2
-    taken = extra_bytes(profile.attention, *work, density=density, value=value)
+    taken = extra_bytes(profile.attention, *work, density=density, value=value, scores=machine.scores)
     return taken + (gap_bytes(*work, density=density) if profile.attention == "triton-sparse" else 0)
 
 

@@ -82,8 +82,8 @@ def missing(name: str, device: torch.device, head_dim: int) -> str | None:
 
 
 def too_old(device: torch.device) -> str | None:
-    """Why a card is too old for attention, or None. Every backend but sdpa begins with OLDEST; below it torch's own
-    writes all scores to memory, which are many GiB and in no plan."""
+    """Why a card is too old for fused attention, or None. Every backend but sdpa begins with OLDEST; below it
+    torch's own writes all scores to memory."""
     import torch
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST:

@@ -1,8 +1,7 @@
 """What attention backends allocate beside their result, for the planner: arithmetic only, no torch.
 
 Torch's own and flash-attn's keep one float32 a row and head, and ours in 16 bits nothing; what SageAttention takes is
-an estimate from how it works. Torch's own from `attention_tiles.OLDEST` on: older cards write all scores to memory, and
-`choice.too_old` refuses them.
+an estimate from how it works. On cards older than `attention_tiles.OLDEST` torch's own writes all scores to memory.
 """
 
 from __future__ import annotations
@@ -26,13 +25,18 @@ def extra_bytes(
     *,
     density: float = 1.0,
     value: int = 1,
+    scores: bool = False,
 ) -> int:
     """Peak bytes of one call over `heads` heads of `dim` channels, its result not counted.
 
     density: of "triton-sparse". value: bytes of an 8-bit backend's code of V: 2 on RTX 30, which has no 8-bit floats.
+    scores: whether torch's own attention writes all of them to memory, as before RTX 30: in float32, before and after
+    the softmax, of float32 copies of q, k and v (by torch's source, not measured).
     "auto" is not known before a card is: it counts as what it takes at most. Raises ValueError for an unknown backend.
     """
     tokens = image_tokens + text_tokens
+    if backend == "sdpa" and scores:
+        return FLOAT32 * heads * tokens * (2 * tokens + 3 * dim)
     if backend in ("sdpa", "flash"):
         return FLOAT32 * tokens * heads
     if backend == "sage":

@@ -19,8 +19,11 @@ from lowvram_i2v.dit.config import TransformerConfig
 from lowvram_i2v.errors import PlatformError, RequestError
 from lowvram_i2v.events import Event, Notice
 from lowvram_i2v.kernels.ops import PLAIN, Ops
+from lowvram_i2v.plan import Machine, Video, fits
 from lowvram_i2v.profile import load_profile
-from lowvram_i2v.request import GenerateRequest
+from lowvram_i2v.sizes import sizes_of
+from lowvram_i2v.synth.headers import model_headers
+from lowvram_i2v.variant import VARIANTS
 
 BROKEN = replace(PLAIN, gelu=lambda x, out: out.fill_(1))
 
@@ -85,13 +88,21 @@ def test_all_ops_in_use_are_tested() -> None:
     assert set(re.findall(r"\bops\.([a-z]\w+)\(", source)) == set(chunked.OPS)
 
 
-def test_a_card_that_is_too_old_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_card_has_room_for_small_videos_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's attention writes all scores there: the plan counts them, and the user is told why."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    given: Any = GenerateRequest(Path("none.png"), "", Path("none.mp4")), Path("none"), load_profile("auto")
-    with pytest.raises(PlatformError, match=r"RTX 2080 has compute capability 7\.5, and attention needs 8\.0") as error:
-        jobs.prepare(*given, torch.device("cuda"), lambda event: None)
-    assert "RTX 30" in error.value.remedy
+    said: list[Event] = []
+    profile = jobs._attending(load_profile("8gb-fast"), 128, torch.device("cuda"), said.append)
+    assert profile.attention == "sdpa"
+    assert isinstance(said[0], Notice)
+    assert "RTX 2080 has compute capability 7.5" in said[0].text
+    sizes, machine = sizes_of(model_headers("full", VARIANTS["token_replace"], "int8")), Machine(8 * 2**30, None)
+    small, large = Video(256, 256, 17), Video(1280, 720, 129)
+    assert all(fits(sizes, video, profile=profile, machine=machine) for video in (small, large))
+    old = replace(machine, scores=True)
+    assert fits(sizes, small, profile=profile, machine=old)
+    assert not fits(sizes, large, profile=profile, machine=old)
 
 
 def attending(backend: str) -> tuple[str, list[Event]]:
