@@ -29,6 +29,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(job, "free_vram", lambda _: free["vram"])
     monkeypatch.setattr(job, "available_ram", lambda: free["ram"])
     monkeypatch.setattr(job, "multiplies_float8", lambda _: True)
+    monkeypatch.setattr(job.choice, "too_old", lambda _: None)
     return free
 
 
